@@ -1,0 +1,206 @@
+"""The jitted steps: a chunk of prefill, and up to n tokens of decode. From token ids to token ids, state donated."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.config import ModelConfig
+from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample
+from jmoe.experts.layer import OffloadedExperts, ResidentExperts
+from jmoe.experts.slots import ExpertSlots, SlotLayout
+from jmoe.experts.store import ExpertStore
+from jmoe.model.decoder import Decoder
+from jmoe.model.kv_cache import KVCache, init_kv_cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """All that changes from step to step; donated to each.
+
+    `last_tokens` are sampled but not yet in the KV cache. `budget` counts the tokens a sequence may still produce.
+    """
+
+    cache: KVCache
+    experts: ExpertSlots | None
+    last_tokens: Int[Array, " B"]
+    last_logprobs: Float[Array, " B"]
+    budget: Int[Array, " B"]
+    done: Bool[Array, " B"]
+
+
+def init_state(
+    config: ModelConfig, batch_size: int, max_seq_len: int, budget: Int[Array, " B"], experts: ExpertSlots | None
+) -> DecodeState:
+    """A batch that has seen nothing; sequence b may produce budget[b] tokens.
+
+    Everything is committed to its device, as a step's outputs are: else the second call would compile anew.
+    """
+    state = DecodeState(
+        cache=init_kv_cache(config, batch_size, max_seq_len),
+        experts=experts,
+        last_tokens=jnp.zeros((batch_size,), jnp.int32),
+        last_logprobs=jnp.zeros((batch_size,), jnp.float32),
+        budget=jnp.asarray(budget, jnp.int32),
+        done=jnp.zeros((batch_size,), bool),
+    )
+    return jax.device_put(state, jax.devices()[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The next tokens of each prompt, [B, T]; the first `num_valid` of a row are tokens.
+
+    `is_last` marks the prompts that end in this chunk, `prompt_lengths` is their whole length.
+    """
+
+    token_ids: Int[Array, "B T"]
+    num_valid: Int[Array, " B"]
+    is_last: Bool[Array, " B"]
+    prompt_lengths: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Emitted:
+    """Tokens of one decode call, [B, n]; NO_TOKEN where a sequence was done. `num_steps` of the n columns are used."""
+
+    token_ids: Int[Array, "B n"]
+    logprobs: Float[Array, "B n"]
+    num_steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of one model: everything here is static, and hashable, so that it may be `self` under jit."""
+
+    graph: nnx.GraphDef
+    config: ModelConfig
+    layout: SlotLayout
+    implementation: str | None = None
+    resident: bool = False  # the reference: the store is on the device, there are no slots
+
+    def _decoder(self, params) -> Decoder:
+        return nnx.merge(self.graph, params)
+
+    def _experts(self, store: ExpertStore, slots: ExpertSlots | None, *, admits: bool):
+        if self.resident:
+            return ResidentExperts(store.layers, self.implementation)
+        return OffloadedExperts(store, slots, self.layout, admits, self.implementation)
+
+    def _forward(self, decoder: Decoder, store, state: DecodeState, token_ids, valid, rope_lengths, *, admits: bool):
+        experts = self._experts(store, state.experts, admits=admits)
+        hidden, cache, carry = decoder(token_ids, valid, rope_lengths, state.cache, experts, experts.start())
+        return hidden, dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
+
+    @functools.partial(jax.jit, static_argnames=("self", "mode"), donate_argnames=("state",))
+    def prefill(
+        self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
+    ) -> DecodeState:
+        """Takes in one chunk of every prompt; a prompt that ends in it gets its first token sampled."""
+        with jax.named_scope("prefill"):
+            hidden, state = self._prefill_chunk(params, store, state, chunk)
+            at = jnp.maximum(chunk.num_valid - 1, 0)[:, None, None]
+            last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]  # [B, D]
+            logits = self._decoder(params).unembed(last)
+            with jax.named_scope("sample"):
+                tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
+        return self._advance(state, chunk.is_last, tokens, logprobs, sampling)
+
+    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
+    def prefill_logits(self, params, store: ExpertStore, state: DecodeState, chunk: Chunk):
+        """As `prefill`, but returns the logits [B, T, V] of the whole chunk and samples nothing."""
+        hidden, state = self._prefill_chunk(params, store, state, chunk)
+        return self._decoder(params).unembed(hidden), state
+
+    def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk):
+        valid = jnp.arange(chunk.token_ids.shape[1])[None, :] < chunk.num_valid[:, None]
+        decoder = self._decoder(params)
+        return self._forward(decoder, store, state, chunk.token_ids, valid, chunk.prompt_lengths, admits=False)
+
+    @functools.partial(jax.jit, static_argnames=("self", "capacity", "mode"), donate_argnames=("state",))
+    def decode(
+        self,
+        params,
+        store: ExpertStore,
+        state: DecodeState,
+        sampling: Sampling,
+        num_steps: Int[Array, ""],
+        *,
+        capacity: int,
+        mode: Mode,
+    ) -> tuple[DecodeState, Emitted]:
+        """Up to `num_steps` <= `capacity` (static) tokens for every sequence; stops when all are done."""
+        batch = state.last_tokens.shape[0]
+        emitted = Emitted(
+            token_ids=jnp.full((batch, capacity), NO_TOKEN, jnp.int32),
+            logprobs=jnp.zeros((batch, capacity), jnp.float32),
+            num_steps=jnp.zeros((), jnp.int32),
+        )
+
+        def unfinished(loop: tuple[DecodeState, Emitted]) -> Bool[Array, ""]:
+            state, emitted = loop
+            return (emitted.num_steps < jnp.minimum(num_steps, capacity)) & ~jnp.all(state.done)
+
+        def step(loop: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
+            state, emitted = loop
+            was_done = state.done
+            state = self._decode_step(params, store, state, sampling, mode)
+            return state, _emit(emitted, state, was_done)
+
+        return jax.lax.while_loop(unfinished, step, (state, emitted))
+
+    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, mode: Mode) -> DecodeState:
+        decoder, active = self._decoder(params), ~state.done
+        token_ids, rope_lengths = state.last_tokens[:, None], state.cache.lengths + 1
+        hidden, state = self._forward(decoder, store, state, token_ids, active[:, None], rope_lengths, admits=True)
+        logits = decoder.unembed(hidden[:, 0])
+        with jax.named_scope("sample"):
+            tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
+        return self._advance(state, active, tokens, logprobs, sampling)
+
+    @staticmethod
+    def _advance(state: DecodeState, produced: Bool[Array, " B"], tokens, logprobs, sampling: Sampling) -> DecodeState:
+        """Takes the new tokens of the sequences that produced one; ends those at an end of sequence or out of budget."""
+        budget = state.budget - produced
+        ended = jnp.any(tokens[:, None] == sampling.eos_ids, axis=1) | (budget <= 0)
+        return dataclasses.replace(
+            state,
+            last_tokens=jnp.where(produced, tokens, state.last_tokens),
+            last_logprobs=jnp.where(produced, logprobs, state.last_logprobs),
+            budget=budget,
+            done=state.done | (produced & ended),
+        )
+
+
+def _emit(emitted: Emitted, state: DecodeState, was_done: Bool[Array, " B"]) -> Emitted:
+    tokens = jnp.where(was_done, NO_TOKEN, state.last_tokens)[:, None]
+    at = (0, emitted.num_steps)
+    return Emitted(
+        token_ids=jax.lax.dynamic_update_slice(emitted.token_ids, tokens, at),
+        logprobs=jax.lax.dynamic_update_slice(emitted.logprobs, state.last_logprobs[:, None], at),
+        num_steps=emitted.num_steps + 1,
+    )
+
+
+def forward_resident(
+    graph: nnx.GraphDef,
+    params,
+    expert_layers: tuple[Float[Array, "E 3 F D"], ...],
+    token_ids: Int[Array, "B T"],
+    *,
+    implementation: str | None = "reference",
+) -> Float[Array, "B T V"]:
+    """Logits of whole sequences with every expert on the device: the reference that every other path must equal."""
+    decoder = nnx.merge(graph, params)
+    batch, length = token_ids.shape
+    cache = init_kv_cache(decoder.config, batch, length)
+    experts = ResidentExperts(expert_layers, implementation)
+    valid, lengths = jnp.ones(token_ids.shape, bool), jnp.full((batch,), length, jnp.int32)
+    hidden, _, _ = decoder(token_ids, valid, lengths, cache, experts, None)
+    return decoder.unembed(hidden)

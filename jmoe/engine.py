@@ -1,0 +1,248 @@
+"""The engine: owns what lies in memory between steps. It has no maths; `jmoe.decoding.step` has."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jmoe import checkpoint, memory, sources
+from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.decoding.step import DecodeState, Steps, init_state
+from jmoe.experts.slots import ExpertSlots, init_slots
+from jmoe.experts.store import ExpertStore
+from jmoe.generation import Generation, prompt_chunks
+from jmoe.model.decoder import abstract_decoder
+from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from kernels_pallas import backends
+from kernels_pallas.expert_mlp import api as expert_mlp_api
+from kernels_pallas.fetch import api as fetch_api
+
+Announce = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What never changes: the trunk on the device, the experts in host memory."""
+
+    params: nnx.State
+    store: ExpertStore
+
+
+class Engine:
+    """A model in memory. Make it with `jmoe.load` or, for weights that are already there, `Engine.start`.
+
+    One generation runs at a time. `config` is the model, `plan` says where bytes went, `link_ceiling_gbps` is the
+    measured speed of plain copies to the device (None if not measured).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        runtime: RuntimeConfig,
+        plan: memory.MemoryPlan,
+        steps: Steps,
+        weights: Weights,
+        *,
+        tokenizer: Tokenizer | None = None,
+        generation_defaults: dict[str, Any] | None = None,
+        link_ceiling_gbps: float | None = None,
+    ):
+        self.config, self.runtime, self.plan, self.steps, self.weights = config, runtime, plan, steps, weights
+        self.tokenizer = tokenizer
+        self.generation_defaults = generation_defaults or {}
+        self.link_ceiling_gbps = link_ceiling_gbps
+        self._slots: ExpertSlots | None = init_slots(weights.store, plan.layout, implementation=steps.implementation)
+
+    @classmethod
+    def start(
+        cls,
+        config: ModelConfig,
+        runtime: RuntimeConfig,
+        make_weights: Callable[[], Weights],
+        *,
+        announce: Announce | None = None,
+        **details: Any,
+    ) -> "Engine":
+        """Plans memory, announces the plan, and only then makes the weights. Raises ValueError if it cannot fit."""
+        say = announce or (lambda line: None)
+        graph, state = abstract_decoder(config)
+        plan = plan_for(config, runtime, trunk_bytes=memory.array_bytes(state))
+        for line in ["memory plan:", *plan.lines(), _device_line(runtime)]:
+            say(line)
+        ceiling = memory.measure_link_gbps() if runtime.measure_link else None
+        if ceiling:
+            say(f"link ceiling {ceiling:.1f} GB/s (plain copies, pinned host to device)")
+        steps = Steps(graph, config, plan.layout, runtime.implementation)
+        return cls(config, runtime, plan, steps, make_weights(), link_ceiling_gbps=ceiling, **details)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a sequence, from generation_config.json, else from the tokenizer."""
+        listed = self.generation_defaults.get("eos_token_id")
+        if listed is None:
+            return tuple(self.tokenizer.eos_ids) if self.tokenizer else ()
+        return tuple(listed) if isinstance(listed, list | tuple) else (listed,)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    ) -> Generation:
+        """Continues the prompts (text or token ids): iterate for text as it comes, or ask for `.results()`.
+
+        More prompts than the plan's batch size are taken in turn. Raises ValueError for an empty prompt, one that does
+        not fit in max_seq_len, or token ids outside the vocabulary.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [self._encode(number, prompt) for number, prompt in enumerate(texts)]
+        requests = [sampling] * len(encoded) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(requests) != len(encoded):
+            raise ValueError(
+                f"{len(requests)} sampling parameters for {len(encoded)} prompts; give one, or one a prompt"
+            )
+        if not encoded:
+            raise ValueError("no prompt: give at least one")
+        return Generation(self, encoded, requests)
+
+    def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+        """Logits [B, T, V], float32, of whole sequences of equal length, with the experts streaming through."""
+        ids = np.asarray(token_ids, np.int32)
+        if ids.ndim != 2:
+            raise ValueError(f"token_ids of shape {ids.shape} must be [B, T]: sequences of equal length")
+        for number, row in enumerate(ids):
+            self._encode(number, row.tolist())
+        state, parts = self.new_state(len(ids), np.zeros(len(ids), np.int32)), []
+        try:
+            for chunk in prompt_chunks([row.tolist() for row in ids], self.plan.prefill_chunk):
+                part, state = self.steps.prefill_logits(self.weights.params, self.weights.store, state, chunk)
+                parts.append(np.asarray(part))
+        finally:
+            self.give_back(state)
+        return np.concatenate(parts, axis=1)[:, : ids.shape[1]]
+
+    def _encode(self, number: int, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this engine has no tokenizer; give token ids instead of text")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        limit, vocab = self.plan.max_seq_len, self.config.vocab_size
+        if not ids:
+            raise ValueError(f"prompt {number} is empty; give at least one token")
+        if len(ids) >= limit:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, but max_seq_len={limit} must hold it and at least one more; "
+                "raise --max-seq-len or shorten it"
+            )
+        outside = [token for token in ids if not 0 <= token < vocab]
+        if outside:
+            raise ValueError(f"prompt {number} has token ids {outside[:5]} outside 0..{vocab - 1} (vocab_size={vocab})")
+        return ids
+
+    # What a generation needs: the state of its batch, and the slots back when it is done.
+
+    def new_state(self, batch_size: int, budget: np.ndarray) -> DecodeState:
+        """State of a batch that has seen nothing. Takes the slots: one generation at a time (RuntimeError)."""
+        if self._slots is None:
+            raise RuntimeError("another generation of this engine is unfinished; finish or close it first")
+        experts, self._slots = self._slots, None
+        return init_state(self.config, batch_size, self.plan.max_seq_len, budget, experts)
+
+    def give_back(self, state: DecodeState) -> None:
+        """Takes the slots back. A step that was interrupted has consumed them: then they are filled anew."""
+        lost = state.experts.pool.is_deleted()
+        fill = init_slots if lost else None
+        store, layout = self.weights.store, self.plan.layout
+        self._slots = fill(store, layout, implementation=self.steps.implementation) if fill else state.experts
+
+
+def _device_line(runtime: RuntimeConfig) -> str:
+    """The device and which implementation of each kernel runs on it, and why if that is not the fastest."""
+    name = runtime.implementation
+    chosen = {"fetch": fetch_api.resolve(name), "expert_mlp": expert_mlp_api.resolve(name)}
+    problem = backends.mosaic_gpu_problem()
+    why = f" ({problem})" if problem and name is None else ""
+    kernels = ", ".join(f"{operation} {chosen[operation]}" for operation in chosen)
+    return f"device {jax.devices()[0].device_kind}; kernels: {kernels}{why}"
+
+
+def plan_for(config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int) -> memory.MemoryPlan:
+    """The memory plan on this machine, as it is now."""
+    host_limit, pinned_limit = memory.host_available_bytes(), memory.pinned_limit_bytes()
+    if pinned_limit is not None:
+        host_limit = min(host_limit, pinned_limit)
+    device_limit = memory.device_available_bytes()
+    return memory.plan_memory(
+        config, runtime, trunk_bytes=trunk_bytes, device_limit_bytes=device_limit, host_limit_bytes=host_limit
+    )
+
+
+def load(
+    model: str | Path | None = None,
+    runtime: RuntimeConfig = RuntimeConfig(),
+    *,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Engine:
+    """An engine for a converted directory, a Hugging Face directory or a hub id; None is a tiny random model.
+
+    Raises ValueError for a path, an option or a plan that cannot work, RuntimeError for a checkpoint or a machine that
+    does not.
+    """
+    path = sources.resolve(model, dtype=None, progress=progress, announce=announce)
+    config = checkpoint.read_config(path)
+    if runtime.dtype:
+        config = dataclasses.replace(config, dtype=runtime.dtype)
+    memory.configure_backend(config)
+    memory.enable_compilation_cache(sources.cache_dir() / "compiled")
+    return Engine.start(
+        config,
+        runtime,
+        lambda: load_weights(path, config, progress),
+        announce=announce,
+        tokenizer=_tokenizer(path, announce),
+        generation_defaults=_generation_defaults(path),
+    )
+
+
+def _tokenizer(path: Path, announce: Announce | None) -> Tokenizer | None:
+    if (path / TOKENIZER_FILE).is_file():
+        return load_tokenizer(path)
+    if announce:
+        announce(f"{path} has no {TOKENIZER_FILE}: prompts must be token ids")
+    return None
+
+
+def _generation_defaults(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def load_weights(path: Path, config: ModelConfig, progress: Progress | None = None) -> Weights:
+    """Restores the trunk to the device and the experts, a layer at a time, to pinned host memory."""
+    report = progress or (lambda phase, done, total: None)
+    flat = checkpoint.load_trunk(path, config, memory.device_sharding())
+    layers = []
+    for layer in config.moe_layers:
+        layers.append(checkpoint.load_experts(path, config, layer, memory.host_sharding()))
+        jax.block_until_ready(layers[-1])
+        report("loading experts", len(layers) * layers[0].nbytes, config.store_bytes)
+    return Weights(trunk_state(config, flat), ExpertStore(tuple(layers)))
+
+
+def trunk_state(config: ModelConfig, flat: dict[str, jax.Array]) -> nnx.State:
+    """The trunk's arrays, by flat path, in the decoder's structure. The paths must be exactly the decoder's."""
+    _, state = abstract_decoder(config)
+    leaves = [(path, variable, "/".join(map(str, path))) for path, variable in nnx.to_flat_state(state)]
+    names = {name for _, _, name in leaves}
+    if names != set(flat):
+        raise RuntimeError(f"trunk parameters differ from the model's: {sorted(names ^ set(flat))[:10]}")
+    return nnx.from_flat_state([(path, variable.replace(flat[name])) for path, variable, name in leaves])

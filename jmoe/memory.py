@@ -1,0 +1,272 @@
+"""Where bytes go: the only file that names memory kinds, and the plan that shares out memory before it is taken."""
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import xla_bridge
+from jax.sharding import SingleDeviceSharding
+
+from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
+from jmoe.experts.slots import SlotLayout
+from jmoe.model.attention import query_block
+from jmoe.model.kv_cache import kv_bytes
+
+GIB = 2**30
+DEFAULT_MAX_SEQ_LEN = 4096
+STAGING_BYTES = 128 * 2**20  # enough for one wave to hide the start and the end of its fetch
+HOST_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+XLA_DEFAULT_HOST_LIMIT_BYTES = 64 * 10**9
+
+
+def device_sharding() -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+
+
+def host_sharding() -> SingleDeviceSharding:
+    """Page-locked host memory, which the device can read."""
+    return SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+
+def enable_compilation_cache(directory: Path) -> None:
+    """Keeps compiled programs in `directory` from run to run, unless JAX was already told where to keep them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pinned_pool_bytes(config: ModelConfig) -> int:
+    """Host memory that XLA's pinned allocator needs for the experts, bytes.
+
+    It takes memory in regions that double in size, up to a limit, and each region wastes less than one layer. With the
+    limit set to this number the last region is no larger than it has to be.
+    """
+    layer_bytes = config.num_experts * config.expert_bytes
+    num_regions = math.ceil(math.log2(len(config.moe_layers) + 1)) + 1
+    return config.store_bytes + num_regions * layer_bytes
+
+
+def configure_backend(config: ModelConfig) -> None:
+    """Sets what XLA reads from the environment when it starts; whatever the user has set stays.
+
+    XLA caps pinned host memory at 64 GB unless told otherwise, keeps a quarter of the GPU to itself, and takes all of
+    its share at once. Once a backend is up this changes nothing, so that the plan sees the limits that are in force.
+    """
+    if xla_bridge.backends_are_initialized():  # has no public name
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault(HOST_LIMIT_VARIABLE, str(math.ceil(pinned_pool_bytes(config) / 10**9) + 1))
+
+
+def pinned_limit_bytes() -> int | None:
+    """The cap on pinned host memory in force, bytes; None where there is none (CPU)."""
+    if jax.default_backend() != "gpu":
+        return None
+    value = os.environ.get(HOST_LIMIT_VARIABLE)
+    return int(value) * 10**9 if value else XLA_DEFAULT_HOST_LIMIT_BYTES
+
+
+def host_available_bytes() -> int:
+    """Host memory that may still be taken: what the system calls available, or what is left of the control group."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available
+
+
+def device_available_bytes() -> int | None:
+    """Device memory that may still be taken; None where the device is the host (CPU)."""
+    stats = jax.devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What goes where, bytes. Made before anything is loaded."""
+
+    layout: SlotLayout
+    batch_size: int
+    max_seq_len: int
+    prefill_chunk: int
+    trunk_bytes: int
+    slots_bytes: int
+    staging_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    store_bytes: int
+    pinned_bytes: int
+    device_limit_bytes: int
+    host_limit_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.trunk_bytes + self.slots_bytes + self.staging_bytes + self.kv_bytes + self.workspace_bytes
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        layout = self.layout
+        share = layout.slots_per_layer / layout.num_experts
+        rows = [
+            ("trunk", self.trunk_bytes, ""),
+            (
+                "expert slots",
+                self.slots_bytes,
+                f"{layout.slots_per_layer} of {layout.num_experts} a layer ({share:.1%})",
+            ),
+            ("staging slots", self.staging_bytes, f"{layout.num_staging}"),
+            ("KV cache", self.kv_bytes, f"{self.batch_size} x {self.max_seq_len} positions"),
+            ("workspace", self.workspace_bytes, f"prefill {self.prefill_chunk} tokens at a time"),
+            ("device", self.device_bytes, f"of {format_bytes(self.device_limit_bytes)}"),
+            (
+                "host (pinned)",
+                self.pinned_bytes,
+                f"of {format_bytes(self.host_limit_bytes)}; experts {format_bytes(self.store_bytes)}",
+            ),
+        ]
+        return [f"  {name:<14}{format_bytes(size):>11}  {note}".rstrip() for name, size, note in rows]
+
+    def to_dict(self) -> dict[str, int]:
+        values = dataclasses.asdict(self)
+        return {**values.pop("layout"), **values, "device_bytes": self.device_bytes}
+
+
+def format_bytes(size: int) -> str:
+    for unit, name in ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B"
+
+
+def workspace_bytes(config: ModelConfig, batch_size: int, max_seq_len: int, prefill_chunk: int) -> int:
+    """Temporaries of the larger of the two steps, estimated from the arrays that live at the same time."""
+    item = DTYPE_BYTES[config.dtype]
+    rows = batch_size * prefill_chunk
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    block = query_block((batch_size, prefill_chunk, heads, config.head_dim), max_seq_len)
+    scores = batch_size * heads * block * max_seq_len * (4 + 4 + item)  # scores, their softmax, the weights
+    qkv = rows * (heads + 2 * kv_heads) * config.head_dim * (item + 4)
+    hidden = rows * config.hidden_size * (4 * item + 2 * 4)
+    widest = max(config.moe_intermediate_size, config.intermediate_size if config.mlp_only_layers else 0)
+    experts = rows * widest * 3 * 4 + min(rows * config.num_experts_per_tok, config.num_experts) * rows * 8
+    logits = batch_size * config.vocab_size * 4 * 6  # sampling sorts values and indices
+    return max(scores, experts) + qkv + hidden + logits
+
+
+def plan_memory(
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    *,
+    trunk_bytes: int,
+    device_limit_bytes: int | None,
+    host_limit_bytes: int,
+) -> MemoryPlan:
+    """Shares out memory; integers only, nothing is allocated.
+
+    `device_limit_bytes` None means that the device shares the host's memory. Raises ValueError, with the numbers and
+    what to change, for a plan that cannot fit on the device or on the host.
+    """
+    max_seq_len = runtime.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
+    prefill_chunk = min(runtime.prefill_chunk, max_seq_len)
+    host_limit = runtime.host_memory_bytes or host_limit_bytes
+    pinned = config.store_bytes if device_limit_bytes is None else pinned_pool_bytes(config)
+    _require_host(config, pinned, host_limit)
+    if device_limit_bytes is None:
+        device_limit_bytes = host_limit_bytes - config.store_bytes
+    device_limit = min(runtime.device_memory_bytes or device_limit_bytes, device_limit_bytes)
+    staging = runtime.staging_slots or max(2, STAGING_BYTES // config.expert_bytes)
+    staging = min(staging, config.num_experts)
+    fixed = {
+        "trunk": trunk_bytes,
+        "staging slots": staging * config.expert_bytes,
+        "KV cache": kv_bytes(config, runtime.batch_size, max_seq_len),
+        "workspace": workspace_bytes(config, runtime.batch_size, max_seq_len, prefill_chunk),
+    }
+    slots = _slots_per_layer(config, runtime, device_limit, fixed)
+    layout = SlotLayout(
+        num_layers=len(config.moe_layers), num_experts=config.num_experts, slots_per_layer=slots, num_staging=staging
+    )
+    return MemoryPlan(
+        layout=layout,
+        batch_size=runtime.batch_size,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        trunk_bytes=trunk_bytes,
+        slots_bytes=layout.staging_start * config.expert_bytes,
+        staging_bytes=fixed["staging slots"],
+        kv_bytes=fixed["KV cache"],
+        workspace_bytes=fixed["workspace"],
+        store_bytes=config.store_bytes,
+        pinned_bytes=pinned,
+        device_limit_bytes=device_limit,
+        host_limit_bytes=host_limit,
+    )
+
+
+def _require_host(config: ModelConfig, pinned: int, limit: int) -> None:
+    if pinned > limit:
+        raise ValueError(
+            f"not enough host memory: the experts take {format_bytes(config.store_bytes)} of pinned host memory "
+            f"({format_bytes(pinned)} with the allocator's waste) and {format_bytes(limit)} may be used; "
+            "free memory, raise --host-memory, or use a smaller model or dtype"
+        )
+
+
+def _slots_per_layer(config: ModelConfig, runtime: RuntimeConfig, limit: int, fixed: dict[str, int]) -> int:
+    lowest, highest = config.num_experts_per_tok, config.num_experts
+    slot_bytes = len(config.moe_layers) * config.expert_bytes  # one slot in every layer
+    left = limit - sum(fixed.values())
+    wanted = runtime.expert_slots
+    if wanted is not None and not lowest <= wanted <= highest:
+        raise ValueError(
+            f"expert_slots={wanted} is outside {lowest}..{highest}: a layer needs at least a slot for each of its "
+            f"num_experts_per_tok={lowest} experts, and has num_experts={highest}; choose a number in that range"
+        )
+    needed = (wanted or lowest) * slot_bytes
+    if needed > left:
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in fixed.items())
+        raise ValueError(
+            f"not enough device memory: {wanted or lowest} slots a layer take {format_bytes(needed)} and {parts}; "
+            f"together {format_bytes(needed + sum(fixed.values()))}, but {format_bytes(limit)} may be used; "
+            "lower --expert-slots, --max-seq-len, --prefill-chunk or the number of prompts, or raise --device-memory"
+        )
+    return wanted or min(highest, left // slot_bytes)
+
+
+def measure_link_gbps(num_bytes: int = 256 * 2**20, repeats: int = 4) -> float:
+    """GB/s of plain pinned-to-device copies: the link ceiling. Takes a fraction of a second.
+
+    The copies are issued together, so that only the first waits for its call.
+    """
+    noise = np.random.default_rng(0).integers(0, 2**32, num_bytes // 4, dtype=np.uint32)
+    source = jax.block_until_ready(jax.device_put(noise, host_sharding()))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready([jax.device_put(source, device_sharding()) for _ in range(2)])
+        return time.perf_counter() - start
+
+    seconds()
+    return 2 * source.nbytes / min(seconds() for _ in range(repeats)) / 1e9
+
+
+def peak_device_bytes() -> int | None:
+    """The most device memory in use so far; None where the device does not count it (CPU)."""
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+def array_bytes(tree) -> int:
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""The network: pure maths. It does not know where experts live."""

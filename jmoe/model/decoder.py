@@ -1,0 +1,97 @@
+"""The decoder. Its mixture-of-experts layers get what they multiply with from the caller: see `MoE`."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jmoe.config import ModelConfig
+from jmoe.model.attention import Attention
+from jmoe.model.kv_cache import KVCache
+from jmoe.model.layers import DenseMLP, Embedding, Linear, RMSNorm, matmul
+from jmoe.model.rope import rope_angles
+from jmoe.model.router import Router, Routing
+
+
+class MoE(Protocol):
+    """Applies the experts of one layer: (index among the MoE layers, rows, routing, carry) → (rows, carry).
+
+    The carry is whatever state the experts need from layer to layer; the decoder only hands it on.
+    """
+
+    def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Any) -> tuple[Array, Any]: ...
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention, then either a router (whose experts live elsewhere) or a dense MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
+        is_moe = layer in config.moe_layers
+        self.router = Router(config, rngs=rngs) if is_moe else None
+        self.mlp = (
+            None if is_moe else DenseMLP(config.hidden_size, config.intermediate_size, dtype=config.dtype, rngs=rngs)
+        )
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states, layer by layer."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, n, rngs=rngs) for n in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype=config.dtype, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B T"],
+        valid: Array,
+        rope_lengths: Int[Array, " B"],
+        cache: KVCache,
+        moe: MoE,
+        carry: Any,
+    ) -> tuple[Float[Array, "B T D"], KVCache, Any]:
+        """Hidden states (before the head) of the tokens that follow what the cache holds.
+
+        `valid` marks the tokens of each row; the valid ones come first. The others change nothing.
+        """
+        positions = cache.lengths[:, None] + jnp.arange(token_ids.shape[1])[None, :]
+        angles = rope_angles(self.config, positions, rope_lengths)
+        x = self.embed(token_ids)  # [B, T, D]
+        for n, layer in enumerate(self.layers):
+            with jax.named_scope("attention"):
+                mixed, cache = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
+                x = x + mixed
+            added, carry = self._feed_forward(n, layer.post_attention_norm(x), valid, moe, carry)
+            x = x + added
+        lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        return self.norm(x), KVCache(cache.keys, cache.values, lengths), carry
+
+    def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
+        layer = self.layers[n]
+        if layer.router is None:
+            with jax.named_scope("mlp"):
+                return layer.mlp(x), carry
+        rows = x.reshape(-1, x.shape[-1])  # [B*T, D]
+        with jax.named_scope("router"):
+            routing = layer.router(rows).masked(valid.reshape(-1), self.config.num_experts)
+        y, carry = moe(self.config.moe_layers.index(n), rows, routing, carry)
+        return y.reshape(x.shape), carry
+
+    def unembed(self, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+        """Logits, float32."""
+        kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
+        with jax.named_scope("head"):
+            return matmul(x, kernel, jnp.float32)
+
+
+def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The decoder's structure with shapes in place of arrays; `flat_params` names its leaves."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)

@@ -1,0 +1,68 @@
+"""The KV cache: per layer keys and values, per sequence a length. A rejected draft is a shorter length."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jmoe.config import DTYPE_BYTES, ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values, one array [B, S, K, H] a layer, and the number of valid positions of each sequence.
+
+    Positions at or beyond `lengths` are never read, so they may hold anything.
+    """
+
+    keys: tuple[Float[Array, "B S K H"], ...]
+    values: tuple[Float[Array, "B S K H"], ...]
+    lengths: Int[Array, " B"]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[1]
+
+
+def kv_shape(config: ModelConfig, batch_size: int, max_seq_len: int) -> tuple[int, int, int, int]:
+    return (batch_size, max_seq_len, config.num_key_value_heads, config.head_dim)
+
+
+def kv_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> int:
+    """Bytes of the keys and values of all layers."""
+    elements = math.prod(kv_shape(config, batch_size, max_seq_len))
+    return 2 * config.num_hidden_layers * elements * DTYPE_BYTES[config.dtype]
+
+
+def init_kv_cache(config: ModelConfig, batch_size: int, max_seq_len: int) -> KVCache:
+    shape = kv_shape(config, batch_size, max_seq_len)
+    layers = range(config.num_hidden_layers)
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, config.dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, config.dtype) for _ in layers),
+        lengths=jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
+def append(
+    cache: KVCache, layer: int, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], positions, valid
+) -> KVCache:
+    """Writes the valid tokens at their positions; lengths are the caller's to advance, once for all layers."""
+    at = jnp.where(valid, positions, cache.capacity)  # beyond the end: dropped
+    rows = jnp.arange(at.shape[0])[:, None]
+
+    def write(old: Array, new: Array) -> Array:
+        return old.at[rows, at].set(new.astype(old.dtype), mode="drop", unique_indices=False)
+
+    return dataclasses.replace(
+        cache,
+        keys=_replace_at(cache.keys, layer, write(cache.keys[layer], keys)),
+        values=_replace_at(cache.values, layer, write(cache.values[layer], values)),
+    )
+
+
+def _replace_at(items: tuple, index: int, item) -> tuple:
+    return (*items[:index], item, *items[index + 1 :])

@@ -1,0 +1,68 @@
+"""Small layers. Kernels are [out, in], as in Hugging Face: a row is contiguous, which is what a decode step reads."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Initializer = jax.nn.initializers.Initializer
+_INIT = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel.T (+ bias), for x [..., in]."""
+
+    def __init__(self, num_in: int, num_out: int, *, dtype, use_bias: bool = False, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_INIT(rngs.params(), (num_out, num_in), dtype))
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
+        y = matmul(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def matmul(x: Float[Array, "*n I"], kernel: Float[Array, "O I"], dtype=None) -> Float[Array, "*n O"]:
+    """einsum("...i,oi->...o", x, kernel), accumulated in float32, returned as `dtype` (default: x's).
+
+    A single row is a product and a sum: XLA makes one kernel of it that reads each row of the kernel once, faster than
+    the matrix-vector product it picks for a dot (docs/benchmarks.md).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1:
+        y = jnp.sum(kernel.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)
+    else:
+        y = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], kernel.shape[0])
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) * scale, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, num_features: int, *, eps: float, dtype):
+        self.scale = nnx.Param(jnp.ones((num_features,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Embedding(nnx.Module):
+    def __init__(self, num_rows: int, num_features: int, *, dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(_INIT(rngs.params(), (num_rows, num_features), dtype))
+
+    def __call__(self, token_ids):
+        return jnp.take(self.embedding[...], token_ids, axis=0)
+
+
+class DenseMLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202), for the layers that are not a mixture of experts."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype, rngs: nnx.Rngs):
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)

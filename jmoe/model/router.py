@@ -1,0 +1,43 @@
+"""The router: which experts a token goes to, and with what weight."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.config import ModelConfig
+from jmoe.model.layers import Linear, matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """`expert_ids` in [0, E), distinct within a token; E marks a row that is no token. Weights are float32."""
+
+    expert_ids: Int[Array, "T A"]
+    combine_weights: Float[Array, "T A"]
+
+    def masked(self, valid: Bool[Array, " T"], num_experts: int) -> "Routing":
+        """Rows that are no token ask for no expert."""
+        keep = valid[:, None]
+        return Routing(
+            jnp.where(keep, self.expert_ids, num_experts),
+            jnp.where(keep, self.combine_weights, 0.0),
+        )
+
+
+class Router(Linear):
+    """softmax over all experts, the largest A of them, renormalised to sum to 1 if `norm_topk_prob`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config.hidden_size, config.num_experts, dtype=config.dtype, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: Float[Array, "T D"]) -> Routing:
+        logits = matmul(x, self.kernel[...], jnp.float32)
+        weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return Routing(expert_ids.astype(jnp.int32), weights)

@@ -1,0 +1,1 @@
+"""Operations on arrays: one folder each with its api, its reference in jnp, and its kernels. Knows nothing of jmoe."""

@@ -1,0 +1,42 @@
+"""`fetch`: validates, then runs the best implementation here."""
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import backends
+from kernels_pallas.fetch import mosaic_gpu, reference
+
+IMPLEMENTATIONS = {"reference": reference.fetch, "mosaic_gpu": mosaic_gpu.fetch}
+
+
+def resolve(implementation: str | None) -> str:
+    """The name of the implementation that runs for this request. Raises as `fetch` does."""
+    return backends.resolve("fetch", IMPLEMENTATIONS, implementation)
+
+
+def fetch(
+    store: Float[Array, "E 3 F D"],
+    slots: Float[Array, "R 3 F D"],
+    expert_ids: Int[Array, " P"],
+    slot_ids: Int[Array, " P"],
+    count: Int[Array, ""],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R 3 F D"]:
+    """`slots` with `slots[slot_ids[i]] = store[expert_ids[i]]` for i < count; in place where `slots` is donated.
+
+    `store` is in host memory (`pinned_host`), everything else on the device; no host synchronisation is needed for
+    the mosaic_gpu implementation. The slot ids of one plan are distinct; entries at and beyond `count` are not read.
+
+    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for an implementation that cannot run
+    here.
+    """
+    if store.shape[1:] != slots.shape[1:] or store.dtype != slots.dtype:
+        raise ValueError(
+            f"fetch: store {store.dtype}{list(store.shape)} and slots {slots.dtype}{list(slots.shape)} must hold "
+            "experts of one shape and dtype"
+        )
+    if expert_ids.ndim != 1 or expert_ids.shape != slot_ids.shape:
+        raise ValueError(
+            f"fetch: expert_ids {expert_ids.shape} and slot_ids {slot_ids.shape} must be equally long lists"
+        )
+    return IMPLEMENTATIONS[resolve(implementation)](store, slots, expert_ids, slot_ids, count)

@@ -1,0 +1,33 @@
+"""Where the tests run: on the CPU, unless `-m gpu` asks for the ones that need a GPU."""
+
+import re
+
+import jax
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not asks_for_gpu(config):
+        jax.config.update("jax_platforms", "cpu")  # the same results on every machine, and no GPU memory taken
+        jax.config.update("jax_disable_most_optimizations", True)  # tests compile much and compute little
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def asks_for_gpu(config: pytest.Config) -> bool:
+    return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = why_no_gpu(config) if marked else None
+    for item in marked:
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_no_gpu(config: pytest.Config) -> str | None:
+    """The reason to skip tests marked gpu, or None where they can run."""
+    if not asks_for_gpu(config):
+        return "needs a GPU, and this run is on the CPU; where there is a GPU: uv run pytest -m gpu"
+    backend = jax.default_backend()
+    return None if backend == "gpu" else f"needs a GPU, and JAX finds {backend} only"

@@ -1,0 +1,263 @@
+"""Decode at several resident shares: ms a token, hit rate, bytes, and percent of the link roofline at that hit rate.
+
+    python -m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat
+    python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1
+
+Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
+on the device and no slots at all. Random weights route as their scales make them (see `jmoe.synthetic`), so a figure
+means something only beside its hit rate.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from jmoe import memory
+from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.decoding.sampling import SamplingParams
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="converted checkpoint, Hugging Face directory or hub id")
+    source.add_argument("--config", help="configs/models/*.toml, with --random-weights")
+    parser.add_argument("--random-weights", choices=("sticky", "flat"), default="flat")
+    parser.add_argument("--layers", type=int, help="number of decoder layers, if not the configuration's")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0], help="ascending")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--decode-chunk", type=int, default=8)
+    parser.add_argument("--staging-slots", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-reference", action="store_true", help="leave out the row with no slots")
+    parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
+    return parser.parse_args(argv)
+
+
+def read_model(args: argparse.Namespace) -> ModelConfig:
+    from jmoe import checkpoint, sources
+
+    config = checkpoint.read_config(sources.resolve(args.model)) if args.model else ModelConfig.from_toml(args.config)
+    return dataclasses.replace(config, num_hidden_layers=args.layers) if args.layers else config
+
+
+def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
+    """What can be known before measuring."""
+    import jax
+    import jaxlib
+
+    routed = len(config.moe_layers) * config.num_experts_per_tok * config.expert_bytes
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "model": args.model or args.config,
+        "weights": "checkpoint" if args.model else f"random ({args.random_weights}, seed {args.seed})",
+        "layers": config.num_hidden_layers,
+        "experts": f"{config.num_experts} x {config.expert_bytes / 1e6:.2f} MB, {config.num_experts_per_tok} a token",
+        "store_gb": round(config.store_bytes / 1e9, 2),
+        "routed_mb_per_token": round(routed / 1e6, 1),
+        "link_ceiling_gbps": round(ceiling, 2),
+        "roofline_tokens_per_s_without_hits": round(ceiling * 1e9 / routed, 1),
+        "batch_size": args.batch_size,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "temperature": args.temperature,
+    }
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.config = args, read_model(args)
+        memory.configure_backend(self.config)
+        self.ceiling = memory.measure_link_gbps()
+        self.weights = self._weights()
+        rng = np.random.default_rng(args.seed)
+        shape = (1 + args.repeats, args.batch_size, args.prompt_tokens)
+        self.prompts = rng.integers(0, self.config.vocab_size, shape)
+
+    def _weights(self):
+        from jmoe import sources
+        from jmoe.engine import load_weights
+        from tools.random_weights import random_weights
+
+        start = time.perf_counter()
+        args = self.args
+        if args.model:
+            weights = load_weights(sources.resolve(args.model), self.config)
+        else:
+            weights = random_weights(self.config, args.random_weights, args.seed)
+        took = time.perf_counter() - start
+        print(f"weights: {weights.store.nbytes / 1e9:.1f} GB of experts pinned in {took:.1f} s", flush=True)
+        return weights
+
+    def runtime(self, expert_slots: int) -> RuntimeConfig:
+        args = self.args
+        return RuntimeConfig(
+            expert_slots=expert_slots,
+            staging_slots=args.staging_slots,
+            batch_size=args.batch_size,
+            max_seq_len=args.max_seq_len,
+            decode_chunk=args.decode_chunk,
+            implementation="reference" if args.no_kernels else None,
+            measure_link=False,
+        )
+
+    def sampling(self, repeat: int) -> list[SamplingParams]:
+        args = self.args
+        return [
+            SamplingParams(
+                max_new_tokens=args.new_tokens, temperature=args.temperature, seed=1000 * repeat + n, ignore_eos=True
+            )
+            for n in range(args.batch_size)
+        ]
+
+    def share(self, share: float) -> dict:
+        """Through the slots, with this share of each layer's experts in them."""
+        from jmoe.engine import Engine
+
+        slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
+        in_use = memory.array_bytes(self.weights.params)  # lies there already, so the plan must not count it twice
+        engine = Engine.start(self.config, self.runtime(slots), lambda: self.weights)
+        runs, compile_s = [], 0.0
+        for repeat, prompts in enumerate(self.prompts):
+            start = time.perf_counter()
+            generation = engine.generate(prompts.tolist(), self.sampling(repeat))
+            generation.results()
+            if repeat == 0:
+                compile_s = time.perf_counter() - start
+            else:
+                runs.append(generation.stats)
+        hits = sum(run.decode.hits for run in runs)
+        misses = sum(run.decode.misses for run in runs)
+        tokens = sum(run.num_decode_tokens for run in runs)
+        row = timing([call for run in runs for call in run.decode_calls[1:]], self.args.batch_size)
+        mean_ms = 1e3 * sum(run.decode_s for run in runs) / sum(run.num_decode_steps for run in runs)
+        missed_bytes = misses * self.config.expert_bytes
+        steps = sum(run.num_decode_steps for run in runs)
+        roof_ms = missed_bytes / steps / self.ceiling / 1e6
+        peak, planned = memory.peak_device_bytes(), engine.plan.device_bytes
+        return {
+            "share": share,
+            "slots": slots,
+            "ttft_s": statistics.median(run.ttft_s for run in runs),
+            **row,
+            "mean_ms_per_step": mean_ms,
+            "hit_rate": hits / (hits + misses),
+            "mb_per_token": missed_bytes / tokens / 1e6,
+            "link_gbps": missed_bytes / steps / mean_ms / 1e6,
+            "percent_of_roofline": 100 * roof_ms / mean_ms,
+            "peak_bytes": peak,
+            "planned_bytes": planned,
+            "trunk_bytes": in_use,
+            "first_run_s": compile_s,
+        }
+
+    def reference(self) -> dict:
+        """The same steps with every expert on the device: nothing to admit, nothing to fetch."""
+        import jax
+        import jax.numpy as jnp
+
+        from jmoe.decoding.sampling import batch_sampling, sampling_mode
+        from jmoe.decoding.step import Steps, init_state
+        from jmoe.engine import plan_for
+        from jmoe.experts.store import ExpertStore
+        from jmoe.generation import prompt_chunks
+        from jmoe.model.decoder import abstract_decoder
+
+        args, config, batch = self.args, self.config, self.args.batch_size
+        on_device = [jax.device_put(layer, memory.device_sharding()) for layer in self.weights.store.layers]
+        store = ExpertStore(tuple(jax.block_until_ready(on_device)))
+        plan = plan_for(config, self.runtime(config.num_experts_per_tok), trunk_bytes=0)
+        steps = Steps(abstract_decoder(config)[0], config, plan.layout, self.runtime(1).implementation, resident=True)
+        calls, ttft = [], []
+        for repeat, prompts in enumerate(self.prompts):
+            requests = self.sampling(repeat)
+            sampling, mode = batch_sampling(requests, ()), sampling_mode(requests)
+            state = init_state(config, batch, plan.max_seq_len, np.full(batch, args.new_tokens), None)
+            start = time.perf_counter()
+            for chunk in prompt_chunks(prompts.tolist(), plan.prefill_chunk):
+                state = steps.prefill(self.weights.params, store, state, chunk, sampling, mode=mode)
+            np.asarray(state.last_tokens)
+            ttft.append(time.perf_counter() - start)
+            count = 0
+            while not np.asarray(state.done).all():
+                start = time.perf_counter()
+                capacity = jnp.asarray(args.decode_chunk, jnp.int32)
+                state, emitted = steps.decode(
+                    self.weights.params, store, state, sampling, capacity, capacity=args.decode_chunk, mode=mode
+                )
+                tokens = np.asarray(emitted.token_ids)[:, : int(emitted.num_steps)]
+                count += 1
+                if repeat and count > 1:
+                    calls.append((tokens.shape[1], time.perf_counter() - start))
+        return {"share": "reference", "ttft_s": statistics.median(ttft[1:]), **timing(calls, batch)}
+
+
+def timing(calls: list[tuple[int, float]], batch_size: int) -> dict:
+    """ms a step over decode calls (the first of each generation left out): median, and the middle half's spread."""
+    per_step = sorted(1e3 * seconds / steps for steps, seconds in calls)
+    low, high = (per_step[math.floor(q * (len(per_step) - 1))] for q in (0.25, 0.75))
+    median = statistics.median(per_step)
+    return {"ms_per_step": median, "ms_low": low, "ms_high": high, "tokens_per_s": batch_size * 1e3 / median}
+
+
+COLUMNS = (
+    ("share", "{}"),
+    ("ttft_s", "{:.3f}"),
+    ("ms_per_step", "{:.2f}"),
+    ("ms_low", "{:.2f}"),
+    ("ms_high", "{:.2f}"),
+    ("mean_ms_per_step", "{:.2f}"),
+    ("tokens_per_s", "{:.1f}"),
+    ("hit_rate", "{:.3f}"),
+    ("mb_per_token", "{:.1f}"),
+    ("link_gbps", "{:.1f}"),
+    ("percent_of_roofline", "{:.1f}"),
+    ("peak_bytes", "{:.4g}"),
+    ("planned_bytes", "{:.4g}"),
+    ("first_run_s", "{:.1f}"),
+)
+
+
+def print_row(row: dict | None) -> None:
+    """The heading for None. A value that this row does not have, or this device does not count, is a dash."""
+    cells = [
+        name if row is None else "-" if row.get(name) is None else form.format(row[name]) for name, form in COLUMNS
+    ]
+    print("  ".join(cell.rjust(len(name)) for cell, (name, _) in zip(cells, COLUMNS, strict=True)), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    bench = Bench(args)
+    facts = card(bench.config, args, bench.ceiling)
+    for name, value in facts.items():
+        print(f"{name:<36}{value}", flush=True)
+    print_row(None)
+    rows = []
+    for share in sorted(args.shares):
+        rows.append(bench.share(share))
+        print_row(rows[-1])
+        gc.collect()
+    if not args.no_reference:
+        rows.append(bench.reference())
+        print_row(rows[-1])
+    print(json.dumps({"card": facts, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
