@@ -70,6 +70,11 @@ class RopeConfig:
         _require(not (needs_factor and self.factor is None), f"rope_type={self.rope_type!r} needs a factor")
         _require(self.factor is None or self.factor >= 1, f"rope factor={self.factor} must be at least 1")
 
+    @property
+    def scale(self) -> float:
+        """The factor; 1 where there is none."""
+        return 1.0 if self.factor is None else self.factor
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -172,7 +177,8 @@ class RuntimeConfig:
 
     `expert_slots` is the number of device slots of each MoE layer (num_experts_per_tok … num_experts); `staging_slots`
     are shared by all layers. `device_memory_bytes` and `host_memory_bytes` bound what the plan may use. `dtype`
-    overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the kernels. `decode_chunk` is the most tokens that one call of the jitted step produces.
+    overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the kernels. `decode_chunk` is
+    the most tokens that one call of the jitted step produces.
     """
 
     expert_slots: int | None = None

@@ -80,10 +80,15 @@ def _note(options: argparse.Namespace, line: str) -> None:
 def _load(options: argparse.Namespace, runtime: "RuntimeConfig") -> "Engine":
     if options.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from tqdm import tqdm
+
     import jmoe  # takes seconds: not for --help, nor for an error in the arguments
 
+    def announce(line: str) -> None:
+        tqdm.write(line, file=sys.stderr)  # above the progress bar
+
     with _progress_bar(options.quiet) as progress:
-        return jmoe.load(options.model, runtime, progress=progress, announce=lambda line: _note(options, line))
+        return jmoe.load(options.model, runtime, progress=progress, announce=None if options.quiet else announce)
 
 
 @contextlib.contextmanager
@@ -92,19 +97,22 @@ def _progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr, disable=True if quiet else None) as bar:
+        shown = [""]
 
         def report(phase: str, done_bytes: int, total_bytes: int) -> None:
             if total_bytes != bar.total or done_bytes < bar.n:
                 bar.reset(total_bytes)
-            bar.set_description(phase, refresh=False)
             bar.update(done_bytes - bar.n)
+            bar.set_description(phase, refresh=phase != shown.pop())  # tqdm shows bytes by and by, a new phase at once
+            shown.append(phase)
 
         yield report
 
 
 def _complete(engine: "Engine", prompts: list[str], sampling: "SamplingParams", options: argparse.Namespace) -> int:
     """Each prompt once, as a batch."""
-    encoded = [_encode(engine.tokenizer, prompt, options) for prompt in prompts]
+    tokenizer = _tokenizer(engine)
+    encoded = [_encode(tokenizer, prompt, options) for prompt in prompts]
     generation = engine.generate(encoded, sampling)
     labels = [f"[{n}] {_shortened(prompt)}" for n, prompt in enumerate(prompts, 1)] if len(prompts) > 1 else []
 
@@ -122,6 +130,12 @@ def _complete(engine: "Engine", prompts: list[str], sampling: "SamplingParams", 
         print()
     _summarize(generation, options)
     return 0 if finished else INTERRUPTED
+
+
+def _tokenizer(engine: "Engine") -> "Tokenizer":
+    if engine.tokenizer is None:
+        raise RuntimeError("this checkpoint has no tokenizer.json; download it into the model's directory")
+    return engine.tokenizer
 
 
 def _encode(tokenizer: "Tokenizer", prompt: str, options: argparse.Namespace) -> list[int]:
@@ -230,7 +244,7 @@ def _report(
 
 def _converse(engine: "Engine", sampling: "SamplingParams", options: argparse.Namespace) -> int:
     """Turns from the terminal until end of file or /exit. Ctrl-C ends an answer; at the prompt, the program."""
-    messages = _opening(options)
+    tokenizer, messages = _tokenizer(engine), _opening(options)
     while True:
         try:
             text = input("> ").strip()
@@ -242,7 +256,7 @@ def _converse(engine: "Engine", sampling: "SamplingParams", options: argparse.Na
         if not text:
             continue
         messages.append({"role": "user", "content": text})
-        generation = engine.generate([engine.tokenizer.apply_chat_template(messages)], sampling)
+        generation = engine.generate([tokenizer.apply_chat_template(messages)], sampling)
         _generate(generation, lambda answer=generation: _print_text(answer, [], 1), options)
         print()
         _summarize(generation, options)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ class Generation:
             peak_device_bytes=memory.peak_device_bytes(),
         )
 
-    def _run(self) -> Iterator[Delta]:
+    def _run(self) -> Generator[Delta]:
         size = self._engine.plan.batch_size
         for start in range(0, len(self._sequences), size):
             yield from self._run_batch(self._sequences[start : start + size], self._requests[start : start + size])

@@ -245,21 +245,25 @@ def _slots_per_layer(config: ModelConfig, runtime: RuntimeConfig, limit: int, fi
     return wanted or min(highest, left // slot_bytes)
 
 
-def measure_link_gbps(num_bytes: int = 256 * 2**20, repeats: int = 4) -> float:
+def measure_link_gbps(num_bytes: int = 128 * 2**20, repeats: int = 3) -> float:
     """GB/s of plain pinned-to-device copies: the link ceiling. Takes a fraction of a second.
 
-    The copies are issued together, so that only the first waits for its call.
+    The difference between many copies in a row and few, so that the call's own time does not count.
     """
     noise = np.random.default_rng(0).integers(0, 2**32, num_bytes // 4, dtype=np.uint32)
     source = jax.block_until_ready(jax.device_put(noise, host_sharding()))
 
-    def seconds() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready([jax.device_put(source, device_sharding()) for _ in range(2)])
+    def seconds(num_copies: int) -> float:
+        start, copy = time.perf_counter(), None
+        for _ in range(num_copies):
+            copy = jax.device_put(source, device_sharding())  # the one before is freed: two at a time at most
+        jax.block_until_ready(copy)
         return time.perf_counter() - start
 
-    seconds()
-    return 2 * source.nbytes / min(seconds() for _ in range(repeats)) / 1e9
+    few, many = 2, 10
+    seconds(few)
+    took = {n: min(seconds(n) for _ in range(repeats)) for n in (few, many)}
+    return (many - few) * source.nbytes / max(took[many] - took[few], 1e-9) / 1e9
 
 
 def peak_device_bytes() -> int | None:

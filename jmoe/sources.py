@@ -89,8 +89,8 @@ def _require_hugging_face(path: Path) -> None:
         raise ValueError(f"{path}: an empty directory; expected a checkpoint (config.json and *.safetensors).")
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
-            f"{path}: only {checkpoint.some_of(pickles, 3)}; jmoe reads safetensors alone, since unpickling can run any "
-            "code. Download the model's safetensors files."
+            f"{path}: only {checkpoint.some_of(pickles, 3)}; jmoe reads safetensors alone, since unpickling can run "
+            "any code. Download the model's safetensors files."
         )
     if "config.json" not in names:
         raise ValueError(

@@ -106,7 +106,8 @@ class GenerationStats:
         return [
             f"prompt {self.num_prompt_tokens} tokens, time to first token {self.ttft_s:.3f} s; "
             f"{prefill.hits} experts used in place, {prefill.misses} streamed",
-            f"generated {self.num_generated_tokens} tokens, {self.tokens_per_s:.1f} tokens/s ({self.ms_per_step:.2f} ms a step)",
+            f"generated {self.num_generated_tokens} tokens, {self.tokens_per_s:.1f} tokens/s "
+            f"({self.ms_per_step:.2f} ms a step)",
             f"experts {decode.hits + decode.misses} asked for, hit rate {decode.hit_rate:.1%}, "
             f"{decode.fetched} fetched, {decode.streamed} streamed",
             f"fetched {self.bytes_per_token / 1e6:.2f} MB a token, {self.fetched_gbps:.2f} GB/s{share}",

@@ -75,7 +75,7 @@ class _RefusedError(jinja2.TemplateError):
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it is just its content."""
+    """`{% generation %} … {% endgeneration %}` marks the assistant's words for training; here it is its content."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
 
@@ -105,7 +105,7 @@ def _refuse(message: str) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory. Raises RuntimeError if its files are missing, damaged or contradictory."""
+    """The tokenizer of a checkpoint directory. Raises RuntimeError if its files are missing, damaged or at odds."""
     path = Path(path)
     file = path / TOKENIZER_FILE
     if not file.is_file():

@@ -230,4 +230,5 @@ def test_loading_never_holds_the_experts_twice(made: Path, tmp_path: Path):
     assert run.returncode == 0, run.stderr
     grown_bytes, store_bytes = map(int, run.stdout.split())
     assert store_bytes >= num_layers * (layer_bytes - (1 << 20))
-    assert grown_bytes < store_bytes + 4 * layer_bytes, "twice the store would be ten layers more"
+    # Two layers in flight and what threads and allocators keep; twice the store would be ten layers more.
+    assert grown_bytes < store_bytes + 6 * layer_bytes

@@ -15,7 +15,7 @@ from jmoe.tokenizer import TextStream, Tokenizer, load_tokenizer
 CORPUS = ["the cat and the hat", "naïve café — 世界 🙂", "def f(x):\n    return x + 1", "the the then than that"] * 4
 TEMPLATE = (
     "{%- for message in messages %}\n"
-    "    {%- if message.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no such role') }}{% endif %}\n"
+    "    {%- if message.role not in ['system', 'user'] %}{{ raise_exception('no such role') }}{% endif %}\n"
     "    {{- '<|im_start|>' + message.role + '\\n' }}\n"
     "    {%- generation %}{{ message.content | tojson }}{% endgeneration %}\n"
     "    {%- if loop.index > 5 %}{% break %}{% endif %}\n"
@@ -209,7 +209,7 @@ def streams(draw):
 @settings(max_examples=250, deadline=None)
 @given(streams())
 @example((BYTES, list("🙂".encode()), (), [1, 1, 1]))
-@example((BYTES, [*"a".encode(), 0xF0, 0x9F, 0xFF, *"b".encode()], (), [1] * 5))  # a character that is never whole
+@example((BYTES, [*b"a", 0xF0, 0x9F, 0xFF, *b"b"], (), [1] * 5))  # a character that is never whole
 @example((BYTES, list(b"abababc"), ("ababc",), [1] * 7))  # the stop string begins again inside itself
 @example((BYTES, list(b"abcd"), ("abcd", "c"), [4]))
 @example((SPACED, SPACED.encode("the cat the"), (), [1] * 20))

@@ -56,13 +56,11 @@ def read_model(args: argparse.Namespace) -> ModelConfig:
 def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
     """What can be known before measuring."""
     import jax
-    import jaxlib
 
     routed = len(config.moe_layers) * config.num_experts_per_tok * config.expert_bytes
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
         "model": args.model or args.config,
         "weights": "checkpoint" if args.model else f"random ({args.random_weights}, seed {args.seed})",
         "layers": config.num_hidden_layers,
@@ -173,6 +171,8 @@ class Bench:
         from jmoe.decoding.sampling import batch_sampling, sampling_mode
         from jmoe.decoding.step import Steps, init_state
         from jmoe.engine import plan_for
+        from jmoe.experts.residency import init_residency
+        from jmoe.experts.slots import ExpertSlots
         from jmoe.experts.store import ExpertStore
         from jmoe.generation import prompt_chunks
         from jmoe.model.decoder import abstract_decoder
@@ -186,7 +186,9 @@ class Bench:
         for repeat, prompts in enumerate(self.prompts):
             requests = self.sampling(repeat)
             sampling, mode = batch_sampling(requests, ()), sampling_mode(requests)
-            state = init_state(config, batch, plan.max_seq_len, np.full(batch, args.new_tokens), None)
+            residency = init_residency(len(config.moe_layers), config.num_experts, 1)
+            no_slots = ExpertSlots(jnp.zeros((0, *config.expert_shape), config.dtype), residency)
+            state = init_state(config, batch, plan.max_seq_len, [args.new_tokens] * batch, no_slots)
             start = time.perf_counter()
             for chunk in prompt_chunks(prompts.tolist(), plan.prefill_chunk):
                 state = steps.prefill(self.weights.params, store, state, chunk, sampling, mode=mode)

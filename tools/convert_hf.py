@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(source: Path, destination: Path, dtype: str | None) -> bool:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
 
         def report(phase: str, done_bytes: int, total_bytes: int) -> None:
             bar.total = total_bytes

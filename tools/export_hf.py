@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(source: Path, destination: Path, max_shard_bytes: int) -> None:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
 
         def report(phase: str, done_bytes: int, total_bytes: int) -> None:
             bar.total = total_bytes

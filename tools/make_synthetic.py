@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(config: ModelConfig, options: argparse.Namespace) -> None:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
 
         def report(phase: str, done_bytes: int, total_bytes: int) -> None:
             bar.total = total_bytes

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,7 +28,7 @@ class DecodeState:
     """
 
     cache: KVCache
-    experts: ExpertSlots | None
+    experts: ExpertSlots
     last_tokens: Int[Array, " B"]
     last_logprobs: Float[Array, " B"]
     budget: Int[Array, " B"]
@@ -34,7 +36,7 @@ class DecodeState:
 
 
 def init_state(
-    config: ModelConfig, batch_size: int, max_seq_len: int, budget: Int[Array, " B"], experts: ExpertSlots | None
+    config: ModelConfig, batch_size: int, max_seq_len: int, budget: Sequence[int] | np.ndarray, experts: ExpertSlots
 ) -> DecodeState:
     """A batch that has seen nothing; sequence b may produce budget[b] tokens.
 
@@ -45,7 +47,7 @@ def init_state(
         experts=experts,
         last_tokens=jnp.zeros((batch_size,), jnp.int32),
         last_logprobs=jnp.zeros((batch_size,), jnp.float32),
-        budget=jnp.asarray(budget, jnp.int32),
+        budget=jnp.asarray(np.asarray(budget, np.int32)),
         done=jnp.zeros((batch_size,), bool),
     )
     return jax.device_put(state, jax.devices()[0])
@@ -83,14 +85,14 @@ class Steps:
     config: ModelConfig
     layout: SlotLayout
     implementation: str | None = None
-    resident: bool = False  # the reference: the store is on the device, there are no slots
+    resident: bool = False  # the reference: the store is on the device, and the slots are not used
 
     def _decoder(self, params) -> Decoder:
         return nnx.merge(self.graph, params)
 
-    def _experts(self, store: ExpertStore, slots: ExpertSlots | None, *, admits: bool):
+    def _experts(self, store: ExpertStore, slots: ExpertSlots, *, admits: bool) -> ResidentExperts | OffloadedExperts:
         if self.resident:
-            return ResidentExperts(store.layers, self.implementation)
+            return ResidentExperts(store.layers, slots, self.implementation)
         return OffloadedExperts(store, slots, self.layout, admits, self.implementation)
 
     def _forward(self, decoder: Decoder, store, state: DecodeState, token_ids, valid, rope_lengths, *, admits: bool):
@@ -166,7 +168,7 @@ class Steps:
 
     @staticmethod
     def _advance(state: DecodeState, produced: Bool[Array, " B"], tokens, logprobs, sampling: Sampling) -> DecodeState:
-        """Takes the new tokens of the sequences that produced one; ends those at an end of sequence or out of budget."""
+        """Takes the new tokens of the sequences that produced one; an end of sequence or of the budget ends those."""
         budget = state.budget - produced
         ended = jnp.any(tokens[:, None] == sampling.eos_ids, axis=1) | (budget <= 0)
         return dataclasses.replace(
@@ -200,7 +202,7 @@ def forward_resident(
     decoder = nnx.merge(graph, params)
     batch, length = token_ids.shape
     cache = init_kv_cache(decoder.config, batch, length)
-    experts = ResidentExperts(expert_layers, implementation)
+    experts = ResidentExperts(expert_layers, implementation=implementation)
     valid, lengths = jnp.ones(token_ids.shape, bool), jnp.full((batch,), length, jnp.int32)
     hidden, _, _ = decoder(token_ids, valid, lengths, cache, experts, None)
     return decoder.unembed(hidden)

@@ -56,18 +56,19 @@ def group_by_expert(routing: Routing, needed: Bool[Array, " E"]) -> Groups:
 
 @dataclasses.dataclass(frozen=True)
 class ResidentExperts:
-    """All experts on the device, one array a layer; nothing is fetched and there is nothing to carry."""
+    """All experts on the device, one array a layer; nothing is fetched, and slots are handed on as they are."""
 
     layers: tuple[Float[Array, "E 3 F D"], ...]
+    slots: ExpertSlots | None = None
     implementation: str | None = None
 
-    def start(self) -> None:
-        return None
+    def start(self) -> ExpertSlots | None:
+        return self.slots
 
-    def finish(self, carry: None) -> None:
-        return None
+    def finish(self, carry: ExpertSlots) -> ExpertSlots:
+        return carry
 
-    def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: None = None):
+    def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: ExpertSlots | None):
         weights = self.layers[moe_layer]
         with jax.named_scope("experts"):
             groups = group_by_expert(routing, needed_experts(routing, weights.shape[0]))

@@ -68,7 +68,7 @@ Policy = Callable[[LayerResidency], Int[Array, " S"]]
 
 
 def lru(layer: LayerResidency) -> Int[Array, " S"]:
-    """Score of each slot; the smallest goes first. Least recently used: the time of last use, empty slots before all."""
+    """Score of each slot, the smallest goes first. Least recently used: the time of last use, empty slots first."""
     return jnp.where(layer.owner == NONE, NONE, layer.last_used)
 
 

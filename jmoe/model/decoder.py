@@ -76,10 +76,11 @@ class Decoder(nnx.Module):
 
     def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
         layer = self.layers[n]
-        if layer.router is None:
+        if layer.mlp is not None:
             with jax.named_scope("mlp"):
                 return layer.mlp(x), carry
         rows = x.reshape(-1, x.shape[-1])  # [B*T, D]
+        assert layer.router is not None  # a layer has one or the other
         with jax.named_scope("router"):
             routing = layer.router(rows).masked(valid.reshape(-1), self.config.num_experts)
         y, carry = moe(self.config.moe_layers.index(n), rows, routing, carry)

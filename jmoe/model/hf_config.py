@@ -148,7 +148,7 @@ def _read_rope_options(rope: Mapping[str, Any], name: str, rope_type: str, refus
             refused.add(f"{name}.{key}", value, f"rope_type {rope_type!r} takes {supported}")
             continue
         kind = {"truncate": bool, "original_max_position_embeddings": int}.get(key, float)
-        if not _is_of(value, kind) or (kind is int and int(value) < 1):
+        if not _is_of(value, kind) or (isinstance(value, int) and kind is int and value < 1):
             refused.add(f"{name}.{key}", value, f"expected {_KIND_WORDS[kind]}" + " above 0" * (kind is int))
         elif value != 0 or key not in ("beta_fast", "beta_slow"):  # transformers reads a beta of 0 as the default
             options[key] = value

@@ -5,15 +5,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-Initializer = jax.nn.initializers.Initializer
 _INIT = nnx.initializers.normal(0.02)
+
+
+def init_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: str) -> nnx.Param:
+    return nnx.Param(_INIT(rngs.params(), shape, dtype))
 
 
 class Linear(nnx.Module):
     """y = x @ kernel.T (+ bias), for x [..., in]."""
 
     def __init__(self, num_in: int, num_out: int, *, dtype, use_bias: bool = False, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_INIT(rngs.params(), (num_out, num_in), dtype))
+        self.kernel = init_kernel(rngs, (num_out, num_in), dtype)
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
 
     def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
@@ -50,7 +53,7 @@ class RMSNorm(nnx.Module):
 
 class Embedding(nnx.Module):
     def __init__(self, num_rows: int, num_features: int, *, dtype, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_INIT(rngs.params(), (num_rows, num_features), dtype))
+        self.embedding = init_kernel(rngs, (num_rows, num_features), dtype)
 
     def __call__(self, token_ids):
         return jnp.take(self.embedding[...], token_ids, axis=0)

@@ -50,13 +50,13 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     if rope.rope_type == "yarn":
         return _yarn(config)
     inverse = (1.0 / np.float32(rope.theta) ** _exponents(config.head_dim)).astype(np.float32)
-    return (inverse / rope.factor if rope.rope_type == "linear" else inverse), 1.0
+    return (inverse / rope.scale if rope.rope_type == "linear" else inverse), 1.0
 
 
 def _dynamic_inverse(config: ModelConfig, rope_lengths: Int[Array, " B"]) -> Float[Array, "B H/2"]:
     rope, dim, limit = config.rope, config.head_dim, config.max_position_embeddings
     lengths = jnp.maximum(rope_lengths, limit).astype(jnp.float32)
-    growth = rope.factor * lengths / limit - (rope.factor - 1)
+    growth = rope.scale * lengths / limit - (rope.scale - 1)
     theta = rope.theta * growth ** (dim / (dim - 2))  # [B]
     return 1.0 / theta[:, None] ** jnp.asarray(_exponents(dim))[None, :]
 
@@ -67,8 +67,8 @@ def rope_angles(
     """cos and sin for `positions`, float32.
 
     `rope_lengths` counts the tokens known when the step starts: the whole prompt in prefill, the sequence so far in
-    decode. Only "dynamic" reads it: its base grows with the length, as Hugging Face does one sequence at a time, so keys
-    that were written at a shorter length keep the rotation they were written with.
+    decode. Only "dynamic" reads it: its base grows with the length, as Hugging Face does for one sequence at a time, so
+    keys that were written at a shorter length keep the rotation they were written with.
     """
     if config.rope.rope_type == "dynamic":
         inverse, factor = _dynamic_inverse(config, rope_lengths)[:, None, :], 1.0  # [B, 1, H/2]

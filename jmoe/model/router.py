@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.model.layers import Linear, matmul
+from jmoe.model.layers import init_kernel, matmul
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +28,11 @@ class Routing:
         )
 
 
-class Router(Linear):
+class Router(nnx.Module):
     """softmax over all experts, the largest A of them, renormalised to sum to 1 if `norm_topk_prob`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(config.hidden_size, config.num_experts, dtype=config.dtype, rngs=rngs)
+        self.kernel = init_kernel(rngs, (config.num_experts, config.hidden_size), config.dtype)
         self.config = config
 
     def __call__(self, x: Float[Array, "T D"]) -> Routing:

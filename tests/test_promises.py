@@ -1,0 +1,185 @@
+"""The promises that jmoe makes whatever the sizes: each is a test. Exact tokens are asserted in float32."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.decoding.sampling import SamplingParams, batch_sampling
+from jmoe.decoding.step import Steps, forward_resident, init_state
+from jmoe.experts.residency import init_residency
+from jmoe.experts.slots import ExpertSlots
+from jmoe.generation import prompt_chunks
+from jmoe.model.decoder import abstract_decoder
+from jmoe.model.kv_cache import init_kv_cache
+from tests import models
+from tests.models import MAX_SEQ_LEN, SMALL
+
+GREEDY = SamplingParams(max_new_tokens=24)
+PROMPTS = models.prompts(21, 5, 33)
+
+
+@functools.cache
+def reference_tokens() -> list[tuple[int, ...]]:
+    """Greedy continuations by `forward_resident` alone: whole sequences, no cache, no slots, no engine."""
+    weights = models.on_device(models.weights())
+    graph, _ = abstract_decoder(SMALL)
+
+    @jax.jit
+    def logits(token_ids):
+        return forward_resident(graph, weights.params, weights.store.layers, token_ids)
+
+    out = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(GREEDY.max_new_tokens):
+            padded = np.zeros((1, MAX_SEQ_LEN), np.int32)  # causal: what comes after a token changes nothing
+            padded[0, : len(ids)] = ids
+            ids.append(int(np.asarray(logits(padded))[0, len(ids) - 1].argmax()))
+        out.append(tuple(ids[len(prompt) :]))
+    return out
+
+
+def tokens(engine, prompts=PROMPTS, sampling=GREEDY) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in engine.generate(prompts, sampling).results()]
+
+
+@pytest.mark.parametrize("expert_slots", range(SMALL.num_experts_per_tok, SMALL.num_experts + 1))
+def test_offloaded_equals_resident_for_every_slot_count(expert_slots: int) -> None:
+    assert tokens(models.engine(expert_slots=expert_slots)) == reference_tokens()
+
+
+@pytest.mark.parametrize("staging_slots", [1, 2, 8])
+def test_offloaded_equals_resident_for_every_number_of_staging_slots(staging_slots: int) -> None:
+    assert tokens(models.engine(staging_slots=staging_slots)) == reference_tokens()
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+@pytest.mark.parametrize("expert_slots", [2, 5, 8])
+def test_a_batch_equals_its_members_alone(batch_size: int, expert_slots: int) -> None:
+    """Of different lengths; with 2 slots a step needs more experts than there are, and is done in waves."""
+    assert tokens(models.engine(batch_size=batch_size, expert_slots=expert_slots)) == reference_tokens()
+
+
+def test_a_sampled_batch_equals_its_members_alone() -> None:
+    """The same randomness for a request whatever is beside it; requests of every kind in one batch."""
+    requests = [
+        SamplingParams(max_new_tokens=16, temperature=0.9, seed=5),
+        SamplingParams(max_new_tokens=24),
+        SamplingParams(max_new_tokens=20, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, seed=6),
+    ]
+    single, batch = models.engine(), models.engine(batch_size=3)
+    alone = [tokens(single, [prompt], request)[0] for prompt, request in zip(PROMPTS, requests, strict=True)]
+    assert tokens(batch, PROMPTS, requests) == alone
+    assert alone[1] == reference_tokens()[1]
+
+
+@pytest.mark.parametrize("prefill_chunk", [1, 7, 16])
+def test_prefill_in_chunks_equals_one_prefill(prefill_chunk: int) -> None:
+    prompt = PROMPTS[2]
+    whole = models.engine(prefill_chunk=64).logits([prompt])
+    np.testing.assert_allclose(models.engine(prefill_chunk=prefill_chunk).logits([prompt]), whole, atol=1e-4)
+
+
+def test_prefill_and_decode_equal_one_prefill() -> None:
+    """The log-probabilities of decoded tokens are those of a prefill of the whole text."""
+    engine = models.engine()
+    [completion] = engine.generate([PROMPTS[0]], GREEDY).results()
+    whole = engine.logits([[*PROMPTS[0], *completion.token_ids]])[0]
+    logprobs = np.asarray(jax.nn.log_softmax(whole, axis=-1))
+    at = np.arange(len(completion.token_ids)) + len(PROMPTS[0]) - 1
+    np.testing.assert_allclose(completion.logprobs, logprobs[at, list(completion.token_ids)], atol=1e-4)
+
+
+def test_offloaded_logits_equal_resident_logits() -> None:
+    weights = models.on_device(models.weights())
+    ids = models.prompts(20, 20)
+    resident = forward_resident(abstract_decoder(SMALL)[0], weights.params, weights.store.layers, jnp.asarray(ids))
+    logits = models.engine(batch_size=2).logits(ids)
+    assert np.abs(logits).max() > 1
+    np.testing.assert_allclose(logits, resident, atol=1e-4)
+
+
+def test_slots_hold_what_residency_says() -> None:
+    """After decoding, every slot's weights are those of the expert that is said to be in it."""
+    engine = models.engine(expert_slots=3)
+    engine.generate(PROMPTS, GREEDY).results()
+    state = engine.new_state(1, np.ones(1))
+    layers = state.experts.residency.layers
+    owner, slot_of = np.asarray(layers.owner), np.asarray(layers.slot_of)
+    pool = np.asarray(state.experts.pool)
+    for layer, store in enumerate(engine.weights.store.layers):
+        for slot, expert in enumerate(owner[layer]):
+            np.testing.assert_array_equal(pool[engine.plan.layout.start(layer) + slot], np.asarray(store)[expert])
+            assert slot_of[layer, expert] == slot
+        assert (slot_of[layer] >= 0).sum() == len(set(owner[layer].tolist())) == 3
+
+
+def test_prefill_leaves_the_decode_set_alone() -> None:
+    engine = models.engine(expert_slots=3)
+    engine.generate(PROMPTS, GREEDY).results()
+    before = engine.new_state(1, np.ones(1))
+    owner = np.asarray(before.experts.residency.layers.owner)
+    engine.give_back(before)
+    engine.logits([PROMPTS[2]])
+    after = engine.new_state(1, np.ones(1))
+    np.testing.assert_array_equal(owner, np.asarray(after.experts.residency.layers.owner))
+
+
+def test_a_rolled_back_kv_equals_one_never_written() -> None:
+    """Shorter lengths, and what lies beyond them does not matter: a rejected draft leaves no trace."""
+    weights = models.on_device(models.weights())
+    graph, _ = abstract_decoder(SMALL)
+    steps = Steps(graph, SMALL, models.engine().plan.layout, resident=True)
+    sampling = batch_sampling([SamplingParams()], ())
+
+    def state():
+        slots = ExpertSlots(jnp.zeros((0, *SMALL.expert_shape)), init_residency(2, SMALL.num_experts, 1))
+        return init_state(SMALL, 1, MAX_SEQ_LEN, [8], slots)
+
+    def feed(state, ids):
+        for chunk in prompt_chunks([ids], 64):
+            logits, state = steps.prefill_logits(weights.params, weights.store, state, chunk)
+        return np.asarray(logits)[0, : len(ids)], state
+
+    first, rejected, second = PROMPTS[1], models.prompts(9, seed=3)[0], models.prompts(7, seed=4)[0]
+    _, clean = feed(state(), first)
+    expected, clean = feed(clean, second)
+    _, rolled = feed(state(), first)
+    _, rolled = feed(rolled, rejected)
+    lengths = jnp.asarray([len(first)], jnp.int32)
+    rolled = dataclasses.replace(rolled, cache=dataclasses.replace(rolled.cache, lengths=lengths))
+    got, rolled = feed(rolled, second)
+    np.testing.assert_array_equal(got, expected)
+    one, _ = steps.decode(weights.params, weights.store, clean, sampling, jnp.asarray(4), capacity=4, mode="greedy")
+    two, _ = steps.decode(weights.params, weights.store, rolled, sampling, jnp.asarray(4), capacity=4, mode="greedy")
+    np.testing.assert_array_equal(one.last_tokens, two.last_tokens)
+    np.testing.assert_array_equal(one.last_logprobs, two.last_logprobs)
+    assert init_kv_cache(SMALL, 1, 8).capacity == 8
+
+
+def test_decode_compiles_once_per_shape() -> None:
+    """Other prompts, seeds, temperatures, lengths and chunk lengths compile nothing; another batch size does, once."""
+    engine = models.engine(batch_size=2, decode_chunk=5)
+    decode, prefill = type(engine.steps).decode, type(engine.steps).prefill
+
+    def compiled() -> tuple[int, int]:
+        return decode._cache_size(), prefill._cache_size()
+
+    def run(count: int, seed: int, temperature: float) -> None:
+        batch = models.prompts(*[9 + seed] * count, seed=seed)
+        generation = engine.generate(batch, SamplingParams(max_new_tokens=7 + seed, temperature=temperature, seed=seed))
+        generation.results() if seed % 2 else list(generation)
+
+    start = compiled()
+    run(2, 0, 0.7)
+    assert compiled() == (start[0] + 1, start[1] + 1)
+    for seed in range(1, 5):
+        run(2, seed, 0.5 + seed / 10)
+    assert compiled() == (start[0] + 1, start[1] + 1)
+    for seed in range(2):
+        run(1, seed, 1.0)
+    assert compiled() == (start[0] + 2, start[1] + 2)
