@@ -14,6 +14,7 @@ from jmoe.config import DTYPES, RuntimeConfig
 if TYPE_CHECKING:
     from jmoe.decoding.sampling import SamplingParams
 
+DEMO_SLOTS = 6
 _SIZE = re.compile(r"\s*(?P<number>[0-9.]+(?:e[0-9]+)?)\s*(?P<unit>[kmgt]i?b|b)?\s*", re.IGNORECASE)
 _SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")  # what generation_config.json may set
 
@@ -32,8 +33,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    version = f"jmoe {importlib.metadata.version('jmoe')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"jmoe {version_of('jmoe')}")
     _add_input(parser.add_argument_group("model and prompts"))
     _add_sampling(parser.add_argument_group("sampling", "Defaults come from the model's generation_config.json."))
     _add_memory(parser.add_argument_group("memory and machine", "Chosen automatically, and said, where left out."))
@@ -98,6 +98,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     loudness.add_argument("--verbose", action="store_true", help="say where defaults come from; tracebacks of errors")
 
 
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"  # run from a source directory
+
+
 def parse_size(text: str) -> int:
     """Bytes of "8GiB", "500MB", "2e9", … Raises argparse.ArgumentTypeError for anything else."""
     match = _SIZE.fullmatch(text)
@@ -143,7 +150,7 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
     """--runtime, with the options over it; a batch that holds all prompts, unless told otherwise. Raises ValueError."""
     runtime = RuntimeConfig.from_toml(options.runtime) if options.runtime else RuntimeConfig()
     given = {
-        "expert_slots": options.expert_slots,
+        "expert_slots": options.expert_slots or _demo_slots(options),
         "staging_slots": options.staging_slots,
         "device_memory_bytes": options.device_memory,
         "host_memory_bytes": options.host_memory,
@@ -155,6 +162,11 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         "measure_link": False if options.no_link_test else None,
     }
     return dataclasses.replace(runtime, **{name: value for name, value in given.items() if value is not None})
+
+
+def _demo_slots(options: argparse.Namespace) -> int | None:
+    """Few slots for the tiny default model, which would fit as a whole: so that there is something to see."""
+    return None if options.model or options.runtime or options.device_memory else DEMO_SLOTS
 
 
 def _batch_size(option: int | None, configured: int, num_prompts: int) -> int:

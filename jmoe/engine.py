@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,14 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         generation_defaults: dict[str, Any] | None = None,
         link_ceiling_gbps: float | None = None,
+        announce: Announce | None = None,
     ):
         self.config, self.runtime, self.plan, self.steps, self.weights = config, runtime, plan, steps, weights
         self.tokenizer = tokenizer
         self.generation_defaults = generation_defaults or {}
         self.link_ceiling_gbps = link_ceiling_gbps
+        self.announce = announce or (lambda line: None)
+        self.compiled: set[Hashable] = set()  # the shapes of generation that were compiled
         self._slots: ExpertSlots | None = init_slots(weights.store, plan.layout, implementation=steps.implementation)
 
     @classmethod
@@ -80,7 +83,8 @@ class Engine:
         if ceiling:
             say(f"link ceiling {ceiling:.1f} GB/s (plain copies, pinned host to device)")
         steps = Steps(graph, config, plan.layout, runtime.implementation)
-        return cls(config, runtime, plan, steps, make_weights(), link_ceiling_gbps=ceiling, **details)
+        weights = make_weights()
+        return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, announce=announce, **details)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -149,7 +153,7 @@ class Engine:
 
     # What a generation needs: the state of its batch, and the slots back when it is done.
 
-    def new_state(self, batch_size: int, budget: np.ndarray) -> DecodeState:
+    def new_state(self, batch_size: int, budget: Sequence[int] | np.ndarray) -> DecodeState:
         """State of a batch that has seen nothing. Takes the slots: one generation at a time (RuntimeError)."""
         if self._slots is None:
             raise RuntimeError("another generation of this engine is unfinished; finish or close it first")
@@ -197,11 +201,14 @@ def load(
     Raises ValueError for a path, an option or a plan that cannot work, RuntimeError for a checkpoint or a machine that
     does not.
     """
-    path = sources.resolve(model, dtype=None, progress=progress, announce=announce)
-    config = checkpoint.read_config(path)
-    if runtime.dtype:
-        config = dataclasses.replace(config, dtype=runtime.dtype)
-    memory.configure_backend(config)
+
+    def as_run(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, dtype=runtime.dtype or config.dtype)
+
+    path = sources.resolve(
+        model, progress=progress, announce=announce, prepare=lambda config: memory.configure_backend(as_run(config))
+    )
+    config = as_run(checkpoint.read_config(path))
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
     return Engine.start(
         config,

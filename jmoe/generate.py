@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -237,7 +236,7 @@ def _report(
         "runtime": dataclasses.asdict(engine.runtime),
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("jmoe", "jax", "jaxlib")},
+            **{name: arguments.version_of(name) for name in ("jmoe", "jax", "jaxlib")},
         },
     }
 

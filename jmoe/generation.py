@@ -5,12 +5,13 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jmoe import memory
 from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
-from jmoe.decoding.step import Chunk, DecodeState
+from jmoe.decoding.step import Chunk, DecodeState, Emitted
 from jmoe.stats import ExpertCounts, GenerationStats, read_counts
 from jmoe.tokenizer import TextStream
 
@@ -33,7 +34,7 @@ class Delta:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What became of one prompt. `finish_reason` is "eos", "stop" (a stop string) or "length".
+    """What became of one prompt. `finish_reason` is "eos", "stop" (a stop string), "length", or "unfinished".
 
     `token_ids` end with the end of sequence if that came; `text` has neither it nor the stop string.
     """
@@ -66,6 +67,7 @@ class _Sequence:
 
     def __init__(self, index: int, prompt: Sequence[int], stream: TextStream | None):
         self.index, self.prompt, self.stream = index, prompt, stream
+        self.budget = 0  # tokens that it may produce; known when its batch starts
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
@@ -88,7 +90,8 @@ class _Sequence:
 
     def completion(self, eos_ids: Sequence[int]) -> Completion:
         ended = bool(self.token_ids) and self.token_ids[-1] in eos_ids
-        reason = "stop" if self.stopped else "eos" if ended else "length"
+        full = bool(self.token_ids) and len(self.token_ids) == self.budget
+        reason = "stop" if self.stopped else "eos" if ended else "length" if full else "unfinished"
         keep = self.stream.num_tokens if self.stopped and self.stream else len(self.token_ids)
         return Completion(
             self.index, tuple(self.prompt), tuple(self.token_ids[:keep]), tuple(self.logprobs[:keep]), self.text, reason
@@ -141,6 +144,7 @@ class Generation:
             num_generated_tokens=sum(len(sequence.token_ids) for sequence in self._sequences),
             num_decode_tokens=clock.num_decode_tokens,
             decode_calls=tuple(clock.decode_calls),
+            compile_s=clock.compile_s,
             ttft_s=clock.ttft_s,
             prefill=clock.prefill,
             decode=clock.decode,
@@ -156,10 +160,12 @@ class Generation:
 
     def _run_batch(self, sequences: list[_Sequence], requests: list[SamplingParams]) -> Iterator[Delta]:
         engine = self._engine
-        room = [engine.plan.max_seq_len - len(sequence.prompt) for sequence in sequences]
-        budget = np.array([min(r.max_new_tokens, n) for r, n in zip(requests, room, strict=True)], np.int32)
+        for sequence, request in zip(sequences, requests, strict=True):
+            sequence.budget = min(request.max_new_tokens, engine.plan.max_seq_len - len(sequence.prompt))
+        budget = [sequence.budget for sequence in sequences]
         batch = _Batch(engine, sequences, requests, engine.new_state(len(sequences), budget), self._clock)
         try:
+            batch.compile()
             yield from batch.prefill()
             while not batch.finished:
                 yield from batch.decode(self._live)
@@ -172,7 +178,7 @@ class _Clock:
     """Times and counts, summed over the batches of a generation."""
 
     def __init__(self):
-        self.ttft_s = 0.0
+        self.compile_s = self.ttft_s = 0.0
         self.num_prompt_tokens = self.num_decode_tokens = 0
         self.decode_calls: list[tuple[int, float]] = []
         self.prefill = self.decode = _NO_EXPERTS
@@ -189,30 +195,49 @@ class _Batch:
         self._before = read_counts(state.experts.residency)
         self._step_s: float | None = None
 
-    def prefill(self) -> Iterator[Delta]:
-        engine, weights, start = self.engine, self.engine.weights, time.perf_counter()
+    def compile(self) -> None:
+        """Compiles what this batch needs, by steps that do nothing: a chunk without tokens, a decode of no step."""
+        engine, chunk = self.engine, next(self._chunks())
+        shape = (chunk.token_ids.shape, self.mode)
+        if shape in engine.compiled:
+            return
+        start = time.perf_counter()
+        engine.announce(f"compiling for {shape[0][0]} sequence(s), prompts {shape[0][1]} tokens at a time")
+        nothing = jnp.zeros_like(chunk.num_valid)
+        self._prefill(dataclasses.replace(chunk, num_valid=nothing, is_last=nothing.astype(bool)))
+        self._decode(0)
+        jax.block_until_ready(self.state)
+        engine.compiled.add(shape)
+        self.clock.compile_s += time.perf_counter() - start
+
+    def _chunks(self) -> Iterator[Chunk]:
         prompts = [sequence.prompt for sequence in self.sequences]
-        for chunk in prompt_chunks(prompts, engine.plan.prefill_chunk):
-            self.state = engine.steps.prefill(
-                weights.params, weights.store, self.state, chunk, self.sampling, mode=self.mode
-            )
+        return prompt_chunks(prompts, self.engine.plan.prefill_chunk)
+
+    def _prefill(self, chunk: Chunk) -> None:
+        weights, steps = self.engine.weights, self.engine.steps
+        self.state = steps.prefill(weights.params, weights.store, self.state, chunk, self.sampling, mode=self.mode)
+
+    def _decode(self, num_steps: int) -> Emitted:
+        weights, steps = self.engine.weights, self.engine.steps
+        count, capacity = jnp.asarray(num_steps, jnp.int32), self.engine.runtime.decode_chunk
+        self.state, emitted = steps.decode(
+            weights.params, weights.store, self.state, self.sampling, count, capacity=capacity, mode=self.mode
+        )
+        return emitted
+
+    def prefill(self) -> Iterator[Delta]:
+        start = time.perf_counter()
+        for chunk in self._chunks():
+            self._prefill(chunk)
         tokens, logprobs = np.asarray(self.state.last_tokens), np.asarray(self.state.last_logprobs)
         self.clock.ttft_s = self.clock.ttft_s or time.perf_counter() - start
         self.clock.num_prompt_tokens += sum(len(sequence.prompt) for sequence in self.sequences)
         yield from self._hand_out(tokens[:, None], logprobs[:, None])
 
     def decode(self, live: bool) -> Iterator[Delta]:
-        engine, weights, start = self.engine, self.engine.weights, time.perf_counter()
-        capacity = engine.runtime.decode_chunk
-        self.state, emitted = engine.steps.decode(
-            weights.params,
-            weights.store,
-            self.state,
-            self.sampling,
-            jnp.asarray(self._num_steps(capacity) if live else capacity, jnp.int32),
-            capacity=capacity,
-            mode=self.mode,
-        )
+        start, capacity = time.perf_counter(), self.engine.runtime.decode_chunk
+        emitted = self._decode(self._num_steps(capacity) if live else capacity)
         num_steps = int(emitted.num_steps)
         tokens, logprobs = np.asarray(emitted.token_ids)[:, :num_steps], np.asarray(emitted.logprobs)[:, :num_steps]
         took = time.perf_counter() - start

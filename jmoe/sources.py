@@ -15,6 +15,8 @@ from pathlib import Path
 from jmoe import checkpoint, convert, synthetic
 from jmoe.checkpoint import Progress
 from jmoe.config import ModelConfig
+from jmoe.hf_files import read_json
+from jmoe.model.families import read_hf_config
 
 Announce = Callable[[str], None]
 
@@ -53,23 +55,28 @@ def resolve(
     dtype: str | None = None,
     progress: Progress | None = None,
     announce: Announce | None = None,
+    prepare: Callable[[ModelConfig], None] | None = None,
 ) -> Path:
     """The jmoe checkpoint directory of a model, which is converted, downloaded or made up where that is needed.
 
     `model` is a jmoe checkpoint (taken as it is), a Hugging Face directory (converted once, to `dtype` if given), a
     hub id "organisation/name" (downloaded first), or None: a tiny model of random weights. `announce` gets a line for
-    whatever takes time or disk. Raises ValueError for a path without a usable checkpoint, RuntimeError if the download
+    whatever takes time or disk; `prepare` gets the configuration before anything is converted, since converting starts
+    JAX, which reads its settings only then. Raises ValueError for a path without a usable checkpoint, RuntimeError if the download
     fails or the disk is full.
     """
-    say = announce or (lambda line: None)
+    say, prepare = announce or (lambda line: None), prepare or (lambda config: None)
     if model is None:
+        prepare(DEFAULT_MODEL)
         return _default_model(progress, say)
     path = Path(model).expanduser()
     if not path.exists():
         path = _download(str(model), say) if _HUB_ID.fullmatch(str(model)) else _refuse_missing(path)
     if checkpoint.is_checkpoint(path):
+        prepare(checkpoint.read_config(path))
         return path
     _require_hugging_face(path)
+    prepare(read_hf_config(read_json(path / "config.json"), str(path / "config.json"), dtype))
     return _converted(path, dtype, progress, say)
 
 

@@ -49,7 +49,7 @@ def read_counts(residency: Residency) -> tuple[ExpertCounts, ExpertCounts]:
 class GenerationStats:
     """Of one call of `Engine.generate`. Decode figures leave out the first token, which prefill produces.
 
-    `decode_calls` are the (steps, seconds) of each call of the jitted decode; what the caller does between them does
+    `compile_s` is spent once for each shape, before the clocks of the rest start. `decode_calls` are the (steps, seconds) of each call of the jitted decode; what the caller does between them does
     not count.
     """
 
@@ -57,6 +57,7 @@ class GenerationStats:
     num_generated_tokens: int
     num_decode_tokens: int
     decode_calls: tuple[tuple[int, float], ...]
+    compile_s: float
     ttft_s: float
     prefill: ExpertCounts
     decode: ExpertCounts
@@ -102,8 +103,10 @@ class GenerationStats:
         """The closing summary for people."""
         decode, prefill = self.decode, self.prefill
         ceiling = self.link_ceiling_gbps
+        compiled = [f"compiled in {self.compile_s:.1f} s, once for this shape"] if self.compile_s else []
         share = f", {self.percent_of_ceiling:.0f} % of the link ceiling ({ceiling:.1f} GB/s)" if ceiling else ""
         return [
+            *compiled,
             f"prompt {self.num_prompt_tokens} tokens, time to first token {self.ttft_s:.3f} s; "
             f"{prefill.hits} experts used in place, {prefill.misses} streamed",
             f"generated {self.num_generated_tokens} tokens, {self.tokens_per_s:.1f} tokens/s "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jmoe
-from jmoe import arguments, convert, generate, synthetic
+from jmoe import convert, generate, synthetic
 from jmoe.config import ModelConfig
 from jmoe.tokenizer import TextStream, load_tokenizer
 
@@ -224,93 +224,10 @@ def test_a_seed_gives_the_same_text_again(run) -> None:
     assert text("5") == text("5") != text("6")
 
 
-@pytest.mark.parametrize(
-    ("generation_config", "argv", "expected"),
-    [
-        ({}, [], {"temperature": (0.0, "default"), "top_k": (0, "default"), "max_new_tokens": (128, "default")}),
-        (
-            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95},
-            ["--top-p", "0.5"],
-            {
-                "temperature": (0.6, "generation_config.json"),
-                "top_k": (20, "generation_config.json"),
-                "top_p": (0.5, "option"),
-            },
-        ),
-        (
-            {"do_sample": False, "temperature": 0.6, "max_new_tokens": 9},
-            [],
-            {"temperature": (0.0, "generation_config.json"), "max_new_tokens": (9, "generation_config.json")},
-        ),
-        ({"do_sample": True, "top_k": None}, [], {"temperature": (1.0, "generation_config.json")}),
-        ({"do_sample": False}, ["--temperature", "0.7"], {"temperature": (0.7, "option")}),
-    ],
-)
-def test_where_sampling_defaults_come_from(generation_config: dict, argv: list[str], expected: dict) -> None:
-    params, origins = arguments.sampling_params(arguments.parse(argv), generation_config)
-    assert {name: (getattr(params, name), origins[name]) for name in expected} == expected
-
-
 def test_origins_are_printed_when_asked_for(run) -> None:
     _, err = run("--prompt", "Hello", "--verbose", "--max-new-tokens", "2")
     assert "max_new_tokens 2 (option)" in err
     assert "temperature 0.0 (generation_config.json)" in err
-
-
-# Options
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("8GiB", 8 << 30),
-        ("500MB", 500_000_000),
-        ("2e9", 2_000_000_000),
-        ("1.5 kib", 1536),
-        ("64", 64),
-        ("1TB", 10**12),
-        ("7B", 7),
-    ],
-)
-def test_sizes(text: str, expected: int) -> None:
-    assert arguments.parse_size(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "8 gigs", "-1GB", "0", "1..2MB", "1e"])
-def test_what_is_no_size(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        generate.main([f"--device-memory={text}"])
-    assert stop.value.code == 2
-    assert "is not a size; expected for example 8GiB" in capsys.readouterr().err
-
-
-def test_options_override_the_runtime_file(tmp_path: Path) -> None:
-    file = tmp_path / "runtime.toml"
-    file.write_text('expert_slots = 3\nmax_seq_len = 64\nbatch_size = 2\ndtype = "float32"\n', encoding="utf-8")
-    options = ["--runtime", str(file), "--max-seq-len", "32", "--device-memory", "1GiB", "--no-link-test"]
-    runtime = arguments.runtime_config(arguments.parse(options), 5)
-    expected = jmoe.RuntimeConfig(
-        expert_slots=3,
-        max_seq_len=32,
-        batch_size=2,
-        dtype="float32",
-        device_memory_bytes=1 << 30,
-        measure_link=False,
-    )
-    assert runtime == expected
-
-
-def test_a_batch_holds_all_prompts_unless_told_otherwise() -> None:
-    assert arguments.runtime_config(arguments.parse([]), 5).batch_size == 5
-    assert arguments.runtime_config(arguments.parse(["--batch-size", "1"]), 5).batch_size == 1
-
-
-def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        generate.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in text for name in vars(arguments.parse([])) if name != "prompts")
 
 
 # Interruptions and errors

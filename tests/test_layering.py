@@ -25,7 +25,10 @@ ROWS = (
     ("kernels_pallas",),
     ("jmoe.shapes", "jmoe.config"),
 )
-PART_OF = {"jmoe.generation": "jmoe.engine"}  # modules that are one unit with another
+PART_OF = {
+    "jmoe.generation": "jmoe.engine",
+    "jmoe.arguments": "jmoe.generate",
+}  # modules that are one unit with another
 RANKS = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}
 OURS = ("jmoe", "kernels_pallas", "tools", "tests")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "jaxtyping", "kernels_pallas", "numpy", *sys.stdlib_module_names}

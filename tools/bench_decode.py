@@ -49,7 +49,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def read_model(args: argparse.Namespace) -> ModelConfig:
     from jmoe import checkpoint, sources
 
-    config = checkpoint.read_config(sources.resolve(args.model)) if args.model else ModelConfig.from_toml(args.config)
+    if args.model:
+        config = checkpoint.read_config(sources.resolve(args.model, prepare=memory.configure_backend))
+    else:
+        config = ModelConfig.from_toml(args.config)
     return dataclasses.replace(config, num_hidden_layers=args.layers) if args.layers else config
 
 

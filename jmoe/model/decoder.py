@@ -1,5 +1,6 @@
 """The decoder. Its mixture-of-experts layers get what they multiply with from the caller: see `MoE`."""
 
+import contextlib
 from typing import Any, Protocol
 
 import jax
@@ -62,6 +63,10 @@ class Decoder(nnx.Module):
 
         `valid` marks the tokens of each row; the valid ones come first. The others change nothing.
         """
+        with exact(self.config.dtype):
+            return self._forward(token_ids, valid, rope_lengths, cache, moe, carry)
+
+    def _forward(self, token_ids, valid, rope_lengths, cache: KVCache, moe: MoE, carry: Any):
         positions = cache.lengths[:, None] + jnp.arange(token_ids.shape[1])[None, :]
         angles = rope_angles(self.config, positions, rope_lengths)
         x = self.embed(token_ids)  # [B, T, D]
@@ -89,8 +94,13 @@ class Decoder(nnx.Module):
     def unembed(self, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Logits, float32."""
         kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
-        with jax.named_scope("head"):
+        with jax.named_scope("head"), exact(self.config.dtype):
             return matmul(x, kernel, jnp.float32)
+
+
+def exact(dtype: str):
+    """float32 means float32: without this, matrix products on a GPU round their operands to TF32 (10 bits)."""
+    return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
 
 def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:

@@ -3,9 +3,16 @@
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import backends
-from kernels_pallas.fetch import mosaic_gpu, reference
+from kernels_pallas.fetch import reference
 
-IMPLEMENTATIONS = {"reference": reference.fetch, "mosaic_gpu": mosaic_gpu.fetch}
+
+def _mosaic_gpu(store, slots, expert_ids, slot_ids, count):
+    from kernels_pallas.fetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
+
+    return mosaic_gpu.fetch(store, slots, expert_ids, slot_ids, count)
+
+
+IMPLEMENTATIONS = {"reference": reference.fetch, "mosaic_gpu": _mosaic_gpu}
 
 
 def resolve(implementation: str | None) -> str:

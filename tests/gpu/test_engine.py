@@ -1,0 +1,72 @@
+"""The whole engine on a GPU: the same tokens through any number of slots, kernels or not, and the memory it planned."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.config import ModelConfig
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.decoding.step import forward_resident
+from jmoe.model.decoder import abstract_decoder
+from tests import models
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = ModelConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_experts=16,
+    num_experts_per_tok=4,
+    norm_topk_prob=True,
+    dtype="float32",
+)
+PROMPTS = models.prompts(37, 11, 50, config=CONFIG)
+GREEDY = SamplingParams(max_new_tokens=48)
+OPTIONS = {"max_seq_len": 128, "prefill_chunk": 32}
+
+
+def tokens(**runtime) -> list[tuple[int, ...]]:
+    engine = models.engine(CONFIG, **{**OPTIONS, **runtime})
+    return [completion.token_ids for completion in engine.generate(PROMPTS, GREEDY).results()]
+
+
+def test_tokens_do_not_depend_on_slots_batches_or_kernels() -> None:
+    expected = tokens(expert_slots=16)
+    for runtime in (
+        {"expert_slots": 4},
+        {"expert_slots": 9, "staging_slots": 1},
+        {"expert_slots": 4, "batch_size": 3},  # more groups than slots: waves
+        {"expert_slots": 12, "batch_size": 3},
+        {"expert_slots": 4, "implementation": "reference"},
+    ):
+        assert tokens(**runtime) == expected, runtime
+
+
+def test_offloaded_logits_equal_resident_logits() -> None:
+    weights = models.on_device(models.weights(CONFIG))
+    ids = models.prompts(40, 40, config=CONFIG)
+    graph, _ = abstract_decoder(CONFIG)
+    resident = np.asarray(forward_resident(graph, weights.params, weights.store.layers, jnp.asarray(ids)))
+    for expert_slots in (4, 16):
+        logits = models.engine(CONFIG, batch_size=2, expert_slots=expert_slots, **OPTIONS).logits(ids)
+        np.testing.assert_allclose(logits, resident, atol=1e-3)
+
+
+def test_peak_memory_is_within_5_percent_of_the_plan() -> None:
+    command = "-m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --no-reference"
+    options = "--shares 0.125 --prompt-tokens 512 --new-tokens 17 --repeats 1"
+    out = subprocess.run(
+        [sys.executable, *command.split(), *options.split()], capture_output=True, text=True, check=True
+    )
+    for row in json.loads(out.stdout.splitlines()[-1])["rows"]:
+        assert abs(row["peak_bytes"] / row["planned_bytes"] - 1) < 0.05, row
