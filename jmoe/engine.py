@@ -2,22 +2,22 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jmoe import checkpoint, memory, sources
-from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.step import DecodeState, Steps, init_state
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
-from jmoe.model.decoder import abstract_decoder
+from jmoe.model.families import trunk_shapes
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from kernels_pallas import backends
 from kernels_pallas.expert_mlp import api as expert_mlp_api
@@ -25,13 +25,14 @@ from kernels_pallas.fetch import api as fetch_api
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+LOGITS_POSITIONS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """What never changes: the trunk on the device, the experts in host memory."""
 
-    params: nnx.State
+    params: dict[str, jax.Array]  # by flat path, see `jmoe.model.families.trunk_shapes`
     store: ExpertStore
 
 
@@ -61,7 +62,7 @@ class Engine:
         self.link_ceiling_gbps = link_ceiling_gbps
         self.announce = announce or (lambda line: None)
         self.compiled: set[Hashable] = set()  # the shapes of generation that were compiled
-        self._slots: ExpertSlots | None = init_slots(weights.store, plan.layout, implementation=steps.implementation)
+        self._slots: ExpertSlots | None = self._fill_slots()
 
     @classmethod
     def start(
@@ -75,14 +76,14 @@ class Engine:
     ) -> "Engine":
         """Plans memory, announces the plan, and only then makes the weights. Raises ValueError if it cannot fit."""
         say = announce or (lambda line: None)
-        graph, state = abstract_decoder(config)
-        plan = plan_for(config, runtime, trunk_bytes=memory.array_bytes(state))
+        trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
+        plan = plan_for(config, runtime, trunk_bytes=trunk_bytes)
         for line in ["memory plan:", *plan.lines(), _device_line(runtime)]:
             say(line)
         ceiling = memory.measure_link_gbps() if runtime.measure_link else None
         if ceiling:
             say(f"link ceiling {ceiling:.1f} GB/s (plain copies, pinned host to device)")
-        steps = Steps(graph, config, plan.layout, runtime.implementation)
+        steps = Steps(config, plan.layout, runtime.implementation)
         weights = make_weights()
         return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, announce=announce, **details)
 
@@ -122,11 +123,14 @@ class Engine:
             raise ValueError(f"token_ids of shape {ids.shape} must be [B, T]: sequences of equal length")
         for number, row in enumerate(ids):
             self._encode(number, row.tolist())
-        state, parts = self.new_state(len(ids), np.zeros(len(ids), np.int32)), []
+        params, store, parts = self.weights.params, self.weights.store, []
+        state = self.new_state(len(ids), [0] * len(ids))
         try:
-            for chunk in prompt_chunks([row.tolist() for row in ids], self.plan.prefill_chunk):
-                part, state = self.steps.prefill_logits(self.weights.params, self.weights.store, state, chunk)
-                parts.append(np.asarray(part))
+            for chunk in prompt_chunks(ids.tolist(), self.plan.prefill_chunk):
+                hidden, state = self.steps.prefill_hidden(params, store, state, chunk)
+                for start in range(0, hidden.shape[1], LOGITS_POSITIONS):  # the workspace holds no more at a time
+                    part = hidden[:, start : start + LOGITS_POSITIONS]
+                    parts.append(np.asarray(self.steps.unembed(params, part)))
         finally:
             self.give_back(state)
         return np.concatenate(parts, axis=1)[:, : ids.shape[1]]
@@ -154,18 +158,27 @@ class Engine:
     # What a generation needs: the state of its batch, and the slots back when it is done.
 
     def new_state(self, batch_size: int, budget: Sequence[int] | np.ndarray) -> DecodeState:
-        """State of a batch that has seen nothing. Takes the slots: one generation at a time (RuntimeError)."""
+        """State of a batch that has seen nothing. It takes the slots, until `give_back`.
+
+        Raises ValueError for a batch that is larger than planned, RuntimeError while another has the slots.
+        """
+        if batch_size > self.plan.batch_size:
+            raise ValueError(
+                f"{batch_size} sequences at a time, but memory is planned for {self.plan.batch_size}; "
+                "raise the runtime configuration's batch_size, or give fewer"
+            )
         if self._slots is None:
             raise RuntimeError("another generation of this engine is unfinished; finish or close it first")
-        experts, self._slots = self._slots, None
-        return init_state(self.config, batch_size, self.plan.max_seq_len, budget, experts)
+        state = init_state(self.config, batch_size, self.plan.max_seq_len, budget, self._slots)
+        self._slots = None
+        return state
 
     def give_back(self, state: DecodeState) -> None:
         """Takes the slots back. A step that was interrupted has consumed them: then they are filled anew."""
-        lost = state.experts.pool.is_deleted()
-        fill = init_slots if lost else None
-        store, layout = self.weights.store, self.plan.layout
-        self._slots = fill(store, layout, implementation=self.steps.implementation) if fill else state.experts
+        self._slots = self._fill_slots() if state.experts.pool.is_deleted() else state.experts
+
+    def _fill_slots(self) -> ExpertSlots:
+        return init_slots(self.weights.store, self.plan.layout, implementation=self.steps.implementation)
 
 
 def _device_line(runtime: RuntimeConfig) -> str:
@@ -236,20 +249,10 @@ def _generation_defaults(path: Path) -> dict[str, Any]:
 def load_weights(path: Path, config: ModelConfig, progress: Progress | None = None) -> Weights:
     """Restores the trunk to the device and the experts, a layer at a time, to pinned host memory."""
     report = progress or (lambda phase, done, total: None)
-    flat = checkpoint.load_trunk(path, config, memory.device_sharding())
+    params = checkpoint.load_trunk(path, config, memory.device_sharding())
     layers = []
     for layer in config.moe_layers:
         layers.append(checkpoint.load_experts(path, config, layer, memory.host_sharding()))
         jax.block_until_ready(layers[-1])
         report("loading experts", len(layers) * layers[0].nbytes, config.store_bytes)
-    return Weights(trunk_state(config, flat), ExpertStore(tuple(layers)))
-
-
-def trunk_state(config: ModelConfig, flat: dict[str, jax.Array]) -> nnx.State:
-    """The trunk's arrays, by flat path, in the decoder's structure. The paths must be exactly the decoder's."""
-    _, state = abstract_decoder(config)
-    leaves = [(path, variable, "/".join(map(str, path))) for path, variable in nnx.to_flat_state(state)]
-    names = {name for _, _, name in leaves}
-    if names != set(flat):
-        raise RuntimeError(f"trunk parameters differ from the model's: {sorted(names ^ set(flat))[:10]}")
-    return nnx.from_flat_state([(path, variable.replace(flat[name])) for path, variable, name in leaves])
+    return Weights(params, ExpertStore(tuple(layers)))

@@ -110,9 +110,8 @@ class Generation:
             _Sequence(n, prompt, TextStream(tokenizer, request.stop) if tokenizer else None)
             for n, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
-        self._live = True
         self._clock = _Clock()
-        self._iterator = self._run()
+        self._iterator = _run(engine, self._sequences, requests, self._clock)
 
     def __iter__(self) -> Iterator[Delta]:
         return self._iterator
@@ -123,7 +122,7 @@ class Generation:
 
     def results(self) -> list[Completion]:
         """Runs what is left, in the largest chunks, and returns a completion for each prompt."""
-        self._live = False
+        self._clock.is_live = False
         for _ in self._iterator:
             pass
         return self.completions
@@ -153,31 +152,38 @@ class Generation:
             peak_device_bytes=memory.peak_device_bytes(),
         )
 
-    def _run(self) -> Generator[Delta]:
-        size = self._engine.plan.batch_size
-        for start in range(0, len(self._sequences), size):
-            yield from self._run_batch(self._sequences[start : start + size], self._requests[start : start + size])
 
-    def _run_batch(self, sequences: list[_Sequence], requests: list[SamplingParams]) -> Iterator[Delta]:
-        engine = self._engine
-        for sequence, request in zip(sequences, requests, strict=True):
-            sequence.budget = min(request.max_new_tokens, engine.plan.max_seq_len - len(sequence.prompt))
-        budget = [sequence.budget for sequence in sequences]
-        batch = _Batch(engine, sequences, requests, engine.new_state(len(sequences), budget), self._clock)
-        try:
-            batch.compile()
-            yield from batch.prefill()
-            while not batch.finished:
-                yield from batch.decode(self._live)
-            yield from (sequence.flush() for sequence in sequences)
-        finally:
-            batch.close()
+def _run(
+    engine: "Engine", sequences: list[_Sequence], requests: list[SamplingParams], clock: "_Clock"
+) -> Generator[Delta]:
+    """Batch after batch. No method: a `Generation` that its own iterator holds would keep the slots once abandoned."""
+    size = engine.plan.batch_size
+    for start in range(0, len(sequences), size):
+        yield from _run_batch(engine, sequences[start : start + size], requests[start : start + size], clock)
+
+
+def _run_batch(
+    engine: "Engine", sequences: list[_Sequence], requests: list[SamplingParams], clock: "_Clock"
+) -> Generator[Delta]:
+    for sequence, request in zip(sequences, requests, strict=True):
+        sequence.budget = min(request.max_new_tokens, engine.plan.max_seq_len - len(sequence.prompt))
+    budget = [sequence.budget for sequence in sequences]
+    batch = _Batch(engine, sequences, requests, engine.new_state(len(sequences), budget), clock)
+    try:
+        batch.compile()
+        yield from batch.prefill()
+        while not batch.finished:
+            yield from batch.decode()
+        yield from (sequence.flush() for sequence in sequences)
+    finally:
+        batch.close()
 
 
 class _Clock:
-    """Times and counts, summed over the batches of a generation."""
+    """Times and counts, summed over the batches of a generation, and whether anybody watches it run."""
 
     def __init__(self):
+        self.is_live = True
         self.compile_s = self.ttft_s = 0.0
         self.num_prompt_tokens = self.num_decode_tokens = 0
         self.decode_calls: list[tuple[int, float]] = []
@@ -235,9 +241,9 @@ class _Batch:
         self.clock.num_prompt_tokens += sum(len(sequence.prompt) for sequence in self.sequences)
         yield from self._hand_out(tokens[:, None], logprobs[:, None])
 
-    def decode(self, live: bool) -> Iterator[Delta]:
+    def decode(self) -> Iterator[Delta]:
         start, capacity = time.perf_counter(), self.engine.runtime.decode_chunk
-        emitted = self._decode(self._num_steps(capacity) if live else capacity)
+        emitted = self._decode(self._num_steps(capacity) if self.clock.is_live else capacity)
         num_steps = int(emitted.num_steps)
         tokens, logprobs = np.asarray(emitted.token_ids)[:, :num_steps], np.asarray(emitted.logprobs)[:, :num_steps]
         took = time.perf_counter() - start

@@ -61,9 +61,9 @@ def resolve(
 
     `model` is a jmoe checkpoint (taken as it is), a Hugging Face directory (converted once, to `dtype` if given), a
     hub id "organisation/name" (downloaded first), or None: a tiny model of random weights. `announce` gets a line for
-    whatever takes time or disk; `prepare` gets the configuration before anything is converted, since converting starts
-    JAX, which reads its settings only then. Raises ValueError for a path without a usable checkpoint, RuntimeError if the download
-    fails or the disk is full.
+    whatever takes time or disk. `prepare` gets the configuration before anything is converted, since converting starts
+    JAX, which reads its settings only then. Raises ValueError for a path without a usable checkpoint, RuntimeError if
+    the download fails or the disk is full.
     """
     say, prepare = announce or (lambda line: None), prepare or (lambda config: None)
     if model is None:

@@ -49,8 +49,8 @@ def read_counts(residency: Residency) -> tuple[ExpertCounts, ExpertCounts]:
 class GenerationStats:
     """Of one call of `Engine.generate`. Decode figures leave out the first token, which prefill produces.
 
-    `compile_s` is spent once for each shape, before the clocks of the rest start. `decode_calls` are the (steps, seconds) of each call of the jitted decode; what the caller does between them does
-    not count.
+    `compile_s` is spent once for each shape, before the other clocks start. `decode_calls` are the (steps, seconds) of
+    each call of the jitted decode; what the caller does between them does not count.
     """
 
     num_prompt_tokens: int

@@ -13,7 +13,6 @@ from jmoe.decoding.step import Steps, forward_resident, init_state
 from jmoe.experts.residency import init_residency
 from jmoe.experts.slots import ExpertSlots
 from jmoe.generation import prompt_chunks
-from jmoe.model.decoder import abstract_decoder
 from jmoe.model.kv_cache import init_kv_cache
 from tests import models
 from tests.models import MAX_SEQ_LEN, SMALL
@@ -26,11 +25,10 @@ PROMPTS = models.prompts(21, 5, 33)
 def reference_tokens() -> list[tuple[int, ...]]:
     """Greedy continuations by `forward_resident` alone: whole sequences, no cache, no slots, no engine."""
     weights = models.on_device(models.weights())
-    graph, _ = abstract_decoder(SMALL)
 
     @jax.jit
     def logits(token_ids):
-        return forward_resident(graph, weights.params, weights.store.layers, token_ids)
+        return forward_resident(SMALL, weights.params, weights.store.layers, token_ids)
 
     out = []
     for prompt in PROMPTS:
@@ -97,7 +95,7 @@ def test_prefill_and_decode_equal_one_prefill() -> None:
 def test_offloaded_logits_equal_resident_logits() -> None:
     weights = models.on_device(models.weights())
     ids = models.prompts(20, 20)
-    resident = forward_resident(abstract_decoder(SMALL)[0], weights.params, weights.store.layers, jnp.asarray(ids))
+    resident = forward_resident(SMALL, weights.params, weights.store.layers, jnp.asarray(ids))
     logits = models.engine(batch_size=2).logits(ids)
     assert np.abs(logits).max() > 1
     np.testing.assert_allclose(logits, resident, atol=1e-4)
@@ -132,8 +130,7 @@ def test_prefill_leaves_the_decode_set_alone() -> None:
 def test_a_rolled_back_kv_equals_one_never_written() -> None:
     """Shorter lengths, and what lies beyond them does not matter: a rejected draft leaves no trace."""
     weights = models.on_device(models.weights())
-    graph, _ = abstract_decoder(SMALL)
-    steps = Steps(graph, SMALL, models.engine().plan.layout, resident=True)
+    steps = Steps(SMALL, models.engine().plan.layout, resident=True)
     sampling = batch_sampling([SamplingParams()], ())
 
     def state():
@@ -142,8 +139,8 @@ def test_a_rolled_back_kv_equals_one_never_written() -> None:
 
     def feed(state, ids):
         for chunk in prompt_chunks([ids], 64):
-            logits, state = steps.prefill_logits(weights.params, weights.store, state, chunk)
-        return np.asarray(logits)[0, : len(ids)], state
+            hidden, state = steps.prefill_hidden(weights.params, weights.store, state, chunk)
+        return np.asarray(steps.unembed(weights.params, hidden))[0, : len(ids)], state
 
     first, rejected, second = PROMPTS[1], models.prompts(9, seed=3)[0], models.prompts(7, seed=4)[0]
     _, clean = feed(state(), first)

@@ -178,13 +178,12 @@ class Bench:
         from jmoe.experts.slots import ExpertSlots
         from jmoe.experts.store import ExpertStore
         from jmoe.generation import prompt_chunks
-        from jmoe.model.decoder import abstract_decoder
 
         args, config, batch = self.args, self.config, self.args.batch_size
         on_device = [jax.device_put(layer, memory.device_sharding()) for layer in self.weights.store.layers]
         store = ExpertStore(tuple(jax.block_until_ready(on_device)))
         plan = plan_for(config, self.runtime(config.num_experts_per_tok), trunk_bytes=0)
-        steps = Steps(abstract_decoder(config)[0], config, plan.layout, self.runtime(1).implementation, resident=True)
+        steps = Steps(config, plan.layout, self.runtime(1).implementation, resident=True)
         calls, ttft = [], []
         for repeat, prompts in enumerate(self.prompts):
             requests = self.sampling(repeat)

@@ -42,15 +42,13 @@ def record(
     """Expert ids [steps, L, B, A] of sampled text (temperature 1) from random starts."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     from jmoe.experts.layer import ResidentExperts
-    from jmoe.model.decoder import abstract_decoder
+    from jmoe.model.decoder import build_decoder
     from jmoe.model.kv_cache import init_kv_cache
     from tools.random_weights import random_weights
 
     weights = random_weights(config, regime, seed)
-    graph, _ = abstract_decoder(config)
     layers = tuple(jax.device_put(layer, memory.device_sharding()) for layer in weights.store.layers)
 
     def step(params, layers, cache, token_ids, key):
@@ -60,7 +58,7 @@ def record(
             y, _ = experts(moe_layer, x, routing, None)
             return y, (*carry, routing.expert_ids)
 
-        decoder = nnx.merge(graph, params)
+        decoder = build_decoder(config, params)
         valid = jnp.ones(token_ids.shape, bool)
         hidden, cache, ids = decoder(token_ids, valid, cache.lengths + 1, cache, recording, ())
         tokens = jax.random.categorical(key, decoder.unembed(hidden[:, 0]))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jmoe import memory
 from jmoe.config import ModelConfig
-from jmoe.engine import Weights, trunk_state
+from jmoe.engine import Weights
 from jmoe.experts.store import ExpertStore
 from jmoe.model.families import trunk_shapes
 from jmoe.synthetic import Regime, init_mean, init_std
@@ -21,11 +21,11 @@ def random_weights(config: ModelConfig, regime: Regime, seed: int) -> Weights:
     """A trunk on the device and experts in pinned host memory, at the scales of `regime` (see `jmoe.synthetic`)."""
     key = jax.random.key(seed)
     layers = tuple(_expert_layer(config, regime, jax.random.fold_in(key, layer)) for layer in config.moe_layers)
-    flat = {
+    params = {
         name: _normal(_key_of(key, name), shape, init_mean(name), init_std(name, shape, regime), config.dtype)
         for name, shape in trunk_shapes(config).items()
     }
-    return Weights(trunk_state(config, flat), ExpertStore(layers))
+    return Weights(params, ExpertStore(layers))
 
 
 def _key_of(key: jax.Array, name: str) -> jax.Array:

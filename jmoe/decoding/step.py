@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
@@ -15,7 +14,7 @@ from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample
 from jmoe.experts.layer import OffloadedExperts, ResidentExperts
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
-from jmoe.model.decoder import Decoder
+from jmoe.model.decoder import Decoder, build_decoder
 from jmoe.model.kv_cache import KVCache, init_kv_cache
 
 
@@ -77,18 +76,25 @@ class Emitted:
     num_steps: Int[Array, ""]
 
 
+# XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of it.
+# It makes none of these steps faster (docs/benchmarks.md).
+COMPILER_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps of one model: everything here is static, and hashable, so that it may be `self` under jit."""
+    """The steps of one model. Everything here is static and quickly hashed, so that it may be `self` under jit.
 
-    graph: nnx.GraphDef
+    `params` of a step are the trunk's parameters by flat path, see `jmoe.model.families.trunk_shapes`.
+    """
+
     config: ModelConfig
     layout: SlotLayout
     implementation: str | None = None
     resident: bool = False  # the reference: the store is on the device, and the slots are not used
 
     def _decoder(self, params) -> Decoder:
-        return nnx.merge(self.graph, params)
+        return build_decoder(self.config, params)
 
     def _experts(self, store: ExpertStore, slots: ExpertSlots, *, admits: bool) -> ResidentExperts | OffloadedExperts:
         if self.resident:
@@ -100,7 +106,9 @@ class Steps:
         hidden, cache, carry = decoder(token_ids, valid, rope_lengths, state.cache, experts, experts.start())
         return hidden, dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
 
-    @functools.partial(jax.jit, static_argnames=("self", "mode"), donate_argnames=("state",))
+    @functools.partial(
+        jax.jit, static_argnames=("self", "mode"), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
+    )
     def prefill(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
     ) -> DecodeState:
@@ -114,18 +122,31 @@ class Steps:
                 tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
         return self._advance(state, chunk.is_last, tokens, logprobs, sampling)
 
-    @functools.partial(jax.jit, static_argnames=("self",), donate_argnames=("state",))
-    def prefill_logits(self, params, store: ExpertStore, state: DecodeState, chunk: Chunk):
-        """As `prefill`, but returns the logits [B, T, V] of the whole chunk and samples nothing."""
-        hidden, state = self._prefill_chunk(params, store, state, chunk)
-        return self._decoder(params).unembed(hidden), state
+    @functools.partial(
+        jax.jit, static_argnames=("self",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
+    )
+    def prefill_hidden(
+        self, params, store: ExpertStore, state: DecodeState, chunk: Chunk
+    ) -> tuple[Float[Array, "B T D"], DecodeState]:
+        """As `prefill`, but returns the hidden states of the whole chunk and samples nothing."""
+        return self._prefill_chunk(params, store, state, chunk)
+
+    @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
+    def unembed(self, params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits of hidden states."""
+        return self._decoder(params).unembed(hidden)
 
     def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk):
         valid = jnp.arange(chunk.token_ids.shape[1])[None, :] < chunk.num_valid[:, None]
         decoder = self._decoder(params)
         return self._forward(decoder, store, state, chunk.token_ids, valid, chunk.prompt_lengths, admits=False)
 
-    @functools.partial(jax.jit, static_argnames=("self", "capacity", "mode"), donate_argnames=("state",))
+    @functools.partial(
+        jax.jit,
+        static_argnames=("self", "capacity", "mode"),
+        donate_argnames=("state",),
+        compiler_options=COMPILER_OPTIONS,
+    )
     def decode(
         self,
         params,
@@ -191,17 +212,17 @@ def _emit(emitted: Emitted, state: DecodeState, was_done: Bool[Array, " B"]) -> 
 
 
 def forward_resident(
-    graph: nnx.GraphDef,
-    params,
+    config: ModelConfig,
+    params: Mapping[str, Array],
     expert_layers: tuple[Float[Array, "E 3 F D"], ...],
     token_ids: Int[Array, "B T"],
     *,
     implementation: str | None = "reference",
 ) -> Float[Array, "B T V"]:
     """Logits of whole sequences with every expert on the device: the reference that every other path must equal."""
-    decoder = nnx.merge(graph, params)
+    decoder = build_decoder(config, params)
     batch, length = token_ids.shape
-    cache = init_kv_cache(decoder.config, batch, length)
+    cache = init_kv_cache(config, batch, length)
     experts = ResidentExperts(expert_layers, implementation=implementation)
     valid, lengths = jnp.ones(token_ids.shape, bool), jnp.full((batch,), length, jnp.int32)
     hidden, _, _ = decoder(token_ids, valid, lengths, cache, experts, None)

@@ -1,6 +1,7 @@
 """The decoder. Its mixture-of-experts layers get what they multiply with from the caller: see `MoE`."""
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -103,6 +104,17 @@ def exact(dtype: str):
     return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
 
-def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure with shapes in place of arrays; `flat_params` names its leaves."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+def build_decoder(config: ModelConfig, params: Mapping[str, Array]) -> Decoder:
+    """The decoder with these parameters, by flat path ("layers/0/attention/o_proj/kernel").
+
+    Raises RuntimeError unless they are exactly the decoder's.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+    leaves = nnx.to_flat_state(state)
+    if differing := {_name(path) for path, _ in leaves} ^ set(params):
+        raise RuntimeError(f"trunk parameters that are missing or not the model's: {sorted(differing)[:10]}")
+    return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(params[_name(path)])) for path, leaf in leaves]))
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))

@@ -22,11 +22,20 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the copy is cut up. `num_blocks * num_stages * tile_bytes` bytes are in flight."""
+    """How the copy is cut up. `num_blocks * num_stages * tile_bytes` bytes are in flight.
+
+    Raises ValueError for no block, or for fewer than two stages: while one is stored, another has to be loaded.
+    """
 
     num_blocks: int = 8
     num_stages: int = 6
     tile_bytes: int = 32 * 1024
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1 or self.num_stages < 2:
+            raise ValueError(
+                f"fetch: num_blocks={self.num_blocks} must be at least 1 and num_stages={self.num_stages} at least 2"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""The seam: grouping, staging, and that offloaded experts compute what resident ones do, and count what they did."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe import memory
+from jmoe.experts.layer import (
+    OffloadedExperts,
+    ResidentExperts,
+    group_by_expert,
+    needed_experts,
+    staging_plan,
+)
+from jmoe.experts.residency import NONE
+from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
+from jmoe.experts.store import ExpertStore
+from jmoe.model.router import Routing
+from tests.twin import Twin
+
+E, A, F, D, NUM_LAYERS = 8, 2, 8, 16, 2
+KINDS = ("random", "one_expert", "everything", "random", "masked", "no_token", "random", "random")
+
+
+@functools.cache
+def store() -> ExpertStore:
+    rng = np.random.default_rng(0)
+    layers = (rng.normal(size=(E, 3, F, D)).astype(np.float32) / 4 for _ in range(NUM_LAYERS))
+    return ExpertStore(tuple(jax.device_put(layer, memory.host_sharding()) for layer in layers))
+
+
+def layout(num_slots: int) -> SlotLayout:
+    return SlotLayout(num_layers=NUM_LAYERS, num_experts=E, slots_per_layer=num_slots, num_staging=3)
+
+
+def make_routing(kind: str, num_rows: int, rng: np.random.Generator) -> Routing:
+    expert_ids = np.stack([rng.permutation(E)[:A] for _ in range(num_rows)])
+    if kind == "one_expert":
+        expert_ids[:] = expert_ids[0]
+    if kind == "everything":
+        expert_ids = np.resize(np.arange(E), (num_rows, A))
+    weights = rng.uniform(0.1, 0.9, expert_ids.shape).astype(np.float32)
+    routing = Routing(jnp.asarray(expert_ids, jnp.int32), jnp.asarray(weights))
+    valid = {"masked": np.arange(num_rows) % 2 == 1, "no_token": np.zeros(num_rows, bool)}.get(kind)
+    return routing if valid is None else routing.masked(jnp.asarray(valid), E)
+
+
+def asked(routing: Routing) -> set[int]:
+    return set(np.asarray(routing.expert_ids).ravel().tolist()) - {E}
+
+
+@functools.cache
+def offloaded(num_slots: int, admits: bool):
+    """One step: both layers. Returns their outputs and the slots afterwards."""
+
+    @jax.jit
+    def run(store: ExpertStore, slots: ExpertSlots, xs, routings):
+        experts = OffloadedExperts(store, slots, layout(num_slots), admits=admits)
+        carry, ys = experts.start(), []
+        for n in range(NUM_LAYERS):
+            y, carry = experts(n, xs[n], routings[n], carry)
+            ys.append(y)
+        return ys, experts.finish(carry)
+
+    return run
+
+
+@functools.cache
+def resident():
+    @jax.jit
+    def run(layers, xs, routings):
+        experts = ResidentExperts(layers)
+        return [experts(n, xs[n], routings[n], None)[0] for n in range(NUM_LAYERS)]
+
+    layers = tuple(jax.device_put(layer, memory.device_sharding()) for layer in store().layers)
+    return functools.partial(run, layers)
+
+
+def start(num_slots: int) -> ExpertSlots:
+    """Staging slots are NaN: nothing may be read from them before it was put there."""
+    slots = init_slots(store(), layout(num_slots))
+    pool = slots.pool.at[layout(num_slots).staging_start :].set(np.nan)
+    return ExpertSlots(pool, slots.residency)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("num_slots", [2, 4, E])
+@pytest.mark.parametrize("admits", [True, False], ids=["decode", "prefill"])
+def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admits: bool, num_rows: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    slots, twins = start(num_slots), [Twin.filled(num_slots) for _ in range(NUM_LAYERS)]
+    counts = np.zeros((3, NUM_LAYERS), int)  # hits, fetched, streamed
+    for clock, kind in enumerate(KINDS):
+        xs = [jnp.asarray(rng.normal(size=(num_rows, D)), jnp.float32) for _ in range(NUM_LAYERS)]
+        routings = [make_routing(kind, num_rows, rng) for _ in range(NUM_LAYERS)]
+        ys, slots = offloaded(num_slots, admits)(store(), slots, xs, routings)
+        for y, expected in zip(ys, resident()(xs, routings), strict=True):
+            np.testing.assert_allclose(y, expected, atol=2e-6 * max(1, np.abs(expected).max()))
+        for n, (twin, routing) in enumerate(zip(twins, routings, strict=True)):
+            counts[:, n] += count(twin, asked(routing), clock, admits)
+        assert np.asarray(slots.residency.layers.owner).tolist() == [twin.owner for twin in twins]
+    used = slots.residency.decode if admits else slots.residency.prefill
+    unused = slots.residency.prefill if admits else slots.residency.decode
+    np.testing.assert_array_equal([used.hits, used.fetched, used.streamed], counts)
+    assert not np.any(jax.tree.leaves(unused))
+    assert int(slots.residency.clock) == len(KINDS)
+    assert_slots_hold_their_owners(slots, num_slots)
+
+
+def count(twin: Twin, needed: set[int], clock: int, admits: bool) -> tuple[int, int, int]:
+    num_hits = len(needed & twin.resident)
+    num_fetched = len(twin.admit(needed, clock)) if admits else 0
+    return num_hits, num_fetched, len(needed) - num_hits - num_fetched
+
+
+def assert_slots_hold_their_owners(slots: ExpertSlots, num_slots: int) -> None:
+    pool, owner = np.asarray(slots.pool), np.asarray(slots.residency.layers.owner)
+    for n, layer in enumerate(store().layers):
+        first = layout(num_slots).start(n)
+        np.testing.assert_array_equal(pool[first : first + num_slots], np.asarray(layer)[owner[n]])
+
+
+def test_resident_experts_are_the_formula() -> None:
+    """Against float64, token by token, without any grouping."""
+    rng = np.random.default_rng(7)
+    routings = [make_routing("random", 5, rng) for _ in range(NUM_LAYERS)]
+    xs = [rng.normal(size=(5, D)).astype(np.float32) for _ in range(NUM_LAYERS)]
+    ys = resident()([jnp.asarray(x) for x in xs], routings)
+    for layer, x, routing, y in zip(store().layers, xs, routings, ys, strict=True):
+        weights = np.asarray(layer, np.float64)
+        for row, experts, shares in zip(range(5), routing.expert_ids, np.asarray(routing.combine_weights), strict=True):
+            parts = [share * swiglu(x[row], *weights[expert]) for expert, share in zip(experts, shares, strict=True)]
+            np.testing.assert_allclose(y[row], np.sum(parts, axis=0), atol=1e-5)
+
+
+def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    hidden = gate @ x
+    return (hidden / (1 + np.exp(-hidden)) * (up @ x)) @ down
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 6])
+@pytest.mark.parametrize("kind", sorted(set(KINDS)))
+def test_groups_are_the_experts_asked_for_in_ascending_order(kind: str, num_rows: int) -> None:
+    routing = make_routing(kind, num_rows, np.random.default_rng(3))
+    needed = needed_experts(routing, E)
+    experts = sorted(asked(routing))
+    assert np.flatnonzero(needed).tolist() == experts
+    groups = group_by_expert(routing, needed)
+    num_groups = min(num_rows * A, E)
+    assert np.asarray(groups.expert_ids).tolist() == experts + [NONE] * (num_groups - len(experts))
+    expected = np.zeros((num_groups, num_rows), np.float32)
+    ids, weights = np.asarray(routing.expert_ids), np.asarray(routing.combine_weights)
+    for row, place in np.ndindex(ids.shape):
+        if ids[row, place] != E:
+            expected[experts.index(ids[row, place]), row] = weights[row, place]
+    np.testing.assert_array_equal(groups.weights, expected)
+
+
+@pytest.mark.parametrize("pattern", range(16))
+def test_a_staging_plan_brings_each_missing_expert_to_its_place(pattern: int) -> None:
+    experts = np.array([1, 4, 5, 7], np.int32)
+    missing = np.array([bool(pattern >> place & 1) for place in range(4)])
+    plan = staging_plan(jnp.asarray(experts), jnp.asarray(missing))
+    places = np.flatnonzero(missing)
+    padding = [0] * (4 - len(places))
+    assert int(plan.count) == len(places)
+    assert np.asarray(plan.slot_ids).tolist() == [*places, *padding]
+    assert np.asarray(plan.expert_ids).tolist() == [*experts[places], *padding]
+
+
+@pytest.mark.parametrize("num_slots", [2, E])
+def test_the_pool_starts_with_the_first_experts(num_slots: int) -> None:
+    slots = init_slots(store(), layout(num_slots))
+    assert slots.pool.shape == (NUM_LAYERS * num_slots + 3, 3, F, D)
+    assert np.asarray(slots.residency.layers.owner).tolist() == [list(range(num_slots))] * NUM_LAYERS
+    assert_slots_hold_their_owners(slots, num_slots)
