@@ -1,7 +1,6 @@
 """The engine: owns what lies in memory between steps. It has no maths; `jmoe.decoding.step` has."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from jmoe.decoding.step import DecodeState, Steps, init_state
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
+from jmoe.hf_files import read_json
 from jmoe.model.families import trunk_shapes
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from kernels_pallas import backends
@@ -243,7 +243,7 @@ def _tokenizer(path: Path, announce: Announce | None) -> Tokenizer | None:
 
 def _generation_defaults(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def load_weights(path: Path, config: ModelConfig, progress: Progress | None = None) -> Weights:

@@ -11,6 +11,7 @@ from jmoe.config import RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
 from jmoe.generation import Completion
+from jmoe.model.decoder import build_decoder
 from jmoe.synthetic import byte_tokenizer
 from jmoe.tokenizer import Tokenizer
 from tests import models
@@ -77,6 +78,13 @@ def test_a_plan_that_cannot_be_makes_no_weights() -> None:
 
     with pytest.raises(ValueError, match="not enough device memory"):
         Engine.start(SMALL, RuntimeConfig(device_memory_bytes=1000, measure_link=False), never)
+
+
+def test_a_trunk_with_other_parameters_is_refused() -> None:
+    params = dict(models.weights().params)
+    params["norm/bias"] = params.pop("norm/scale")
+    with pytest.raises(RuntimeError, match=r"missing or not the model's: \['norm/bias', 'norm/scale'\]"):
+        build_decoder(SMALL, params)
 
 
 # When a generation ends

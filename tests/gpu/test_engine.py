@@ -1,5 +1,6 @@
 """The whole engine on a GPU: the same tokens through any number of slots, kernels or not, and the memory it planned."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,26 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.config import ModelConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.step import forward_resident
 from tests import models
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    models.SMALL,
     vocab_size=1024,
     hidden_size=256,
-    intermediate_size=512,
     moe_intermediate_size=96,
     num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
+    mlp_only_layers=(),
     head_dim=64,
     num_experts=16,
     num_experts_per_tok=4,
-    norm_topk_prob=True,
-    dtype="float32",
 )
 PROMPTS = models.prompts(37, 11, 50, config=CONFIG)
 GREEDY = SamplingParams(max_new_tokens=48)

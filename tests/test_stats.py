@@ -1,0 +1,95 @@
+"""What a generation's figures mean, by hand."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from jmoe.experts.residency import Counters, init_residency
+from jmoe.stats import ExpertCounts, GenerationStats, read_counts
+
+
+def counts(hits: int = 0, fetched: int = 0, streamed: int = 0) -> ExpertCounts:
+    return ExpertCounts(hits=hits, fetched=fetched, streamed=streamed)
+
+
+def stats(**changes) -> GenerationStats:
+    """20 tokens in 10 steps (a batch of two) and half a second; 60 experts of 5 MB came over the link."""
+    values = {
+        "num_prompt_tokens": 30,
+        "num_generated_tokens": 22,
+        "num_decode_tokens": 20,
+        "decode_calls": ((4, 0.2), (6, 0.3)),
+        "compile_s": 0.0,
+        "ttft_s": 0.25,
+        "prefill": counts(hits=7, streamed=9),
+        "decode": counts(hits=140, fetched=50, streamed=10),
+        "expert_bytes": 5_000_000,
+        "link_ceiling_gbps": 2.4,
+        "peak_device_bytes": None,
+    }
+    return GenerationStats(**{**values, **changes})
+
+
+NOTHING = stats(num_decode_tokens=0, num_generated_tokens=2, decode_calls=(), decode=counts())
+
+
+def test_what_is_derived() -> None:
+    made = stats()
+    assert made.num_decode_steps == 10
+    assert made.decode_s == pytest.approx(0.5)
+    assert made.tokens_per_s == pytest.approx(40)
+    assert made.ms_per_step == pytest.approx(50)
+    assert made.hit_rate == 0.7
+    assert made.bytes_per_token == pytest.approx(60 * 5e6 / 20)
+    assert made.fetched_gbps == pytest.approx(0.6)
+    assert made.percent_of_ceiling == pytest.approx(25)
+
+
+def test_one_token_needs_no_decode() -> None:
+    """Nothing is divided by 0, and what was never asked for was never missed."""
+    assert (NOTHING.tokens_per_s, NOTHING.ms_per_step, NOTHING.bytes_per_token, NOTHING.fetched_gbps) == (0, 0, 0, 0)
+    assert NOTHING.hit_rate == 1
+    assert NOTHING.percent_of_ceiling == 0
+    assert any("generated 2 tokens" in line for line in NOTHING.lines())
+
+
+def test_lines_say_it_all() -> None:
+    text = "\n".join(stats().lines())
+    assert "prompt 30 tokens, time to first token 0.250 s; 7 experts used in place, 9 streamed" in text
+    assert "generated 22 tokens, 40.0 tokens/s (50.00 ms a step)" in text
+    assert "experts 200 asked for, hit rate 70.0%, 50 fetched, 10 streamed" in text
+    assert "fetched 15.00 MB a token, 0.60 GB/s, 25 % of the link ceiling (2.4 GB/s)" in text
+    assert "compiled" not in text
+    assert "compiled in 3.5 s" in stats(compile_s=3.5).lines()[0]
+
+
+def test_a_link_that_was_not_measured_is_not_compared_with() -> None:
+    made = stats(link_ceiling_gbps=None)
+    assert made.percent_of_ceiling is None
+    assert "ceiling" not in "\n".join(made.lines())
+
+
+@pytest.mark.parametrize("made", [stats(), NOTHING, stats(link_ceiling_gbps=None)])
+def test_stats_as_json(made: GenerationStats) -> None:
+    values = json.loads(json.dumps(made.to_dict()))
+    assert values["decode"] == {
+        "hits": made.decode.hits,
+        "fetched": made.decode.fetched,
+        "streamed": made.decode.streamed,
+    }
+    for name in ("tokens_per_s", "ms_per_step", "hit_rate", "bytes_per_token", "fetched_gbps", "percent_of_ceiling"):
+        assert values[name] == getattr(made, name)
+
+
+def test_counts_are_subtracted_one_by_one() -> None:
+    assert counts(9, 7, 5) - counts(1, 2, 3) == counts(8, 5, 2)
+    assert (counts(9, 7, 5).misses, counts(3, 1, 0).hit_rate) == (12, 0.75)
+
+
+def test_counts_are_summed_over_layers() -> None:
+    """As Python integers, which do not overflow where 32 bits would."""
+    most = 2**31 - 1
+    layers = Counters(jnp.asarray([most, most]), jnp.asarray([3, 4]), jnp.asarray([0, 1]))
+    assert ExpertCounts.read(layers) == counts(2 * most, 7, 1)
+    assert read_counts(init_residency(2, 4, 2)) == (counts(), counts())
