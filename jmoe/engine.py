@@ -175,7 +175,7 @@ class Engine:
 
     def give_back(self, state: DecodeState) -> None:
         """Takes the slots back. A step that was interrupted has consumed them: then they are filled anew."""
-        self._slots = self._fill_slots() if state.experts.pool.is_deleted() else state.experts
+        self._slots = self._fill_slots() if state.experts.is_deleted() else state.experts
 
     def _fill_slots(self) -> ExpertSlots:
         return init_slots(self.weights.store, self.plan.layout, implementation=self.steps.implementation)

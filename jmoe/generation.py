@@ -269,7 +269,7 @@ class _Batch:
         self.finished = bool((done | stopped).all())
 
     def close(self) -> None:
-        if not self.state.experts.pool.is_deleted():
+        if not self.state.experts.is_deleted():
             prefill, decode = read_counts(self.state.experts.residency)
             self.clock.prefill = _sum(self.clock.prefill, prefill - self._before[0])
             self.clock.decode = _sum(self.clock.decode, decode - self._before[1])

@@ -20,6 +20,7 @@ from jmoe.model.kv_cache import kv_bytes
 GIB = 2**30
 DEFAULT_MAX_SEQ_LEN = 4096
 STAGING_BYTES = 128 * 2**20  # enough for one wave to hide the start and the end of its fetch
+SLOW_COPY_S = 0.02  # no link: a CPU's own memory
 PINNED_SLACK_BYTES = 256 * 2**20  # what the link test and XLA's own small copies take
 HOST_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # in GiB, whatever its name says
 XLA_DEFAULT_HOST_LIMIT_BYTES = 64 * GIB
@@ -218,7 +219,7 @@ def plan_memory(
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         trunk_bytes=trunk_bytes,
-        slots_bytes=layout.staging_start * config.expert_bytes,
+        slots_bytes=layout.num_layers * slots * config.expert_bytes,
         staging_bytes=fixed["staging slots"],
         kv_bytes=fixed["KV cache"],
         workspace_bytes=fixed["workspace"],
@@ -259,19 +260,21 @@ def _slots_per_layer(config: ModelConfig, runtime: RuntimeConfig, limit: int, fi
     return wanted or min(highest, left // slot_bytes)
 
 
-def measure_link_gbps(num_bytes: int = 128 * 2**20, budget_s: float = 0.06, repeats: int = 3) -> float:
-    """GB/s of plain pinned-to-device copies, many in a row: the link ceiling. Takes a fraction of a second."""
+def measure_link_gbps(num_bytes: int = 128 * 2**20, num_copies: int = 8, repeats: int = 3) -> float:
+    """GB/s of plain pinned-to-device copies issued together: the link ceiling. Takes a fraction of a second.
+
+    Takes `num_bytes` of host and `num_copies` times that of device memory while it runs.
+    """
     noise = np.random.default_rng(0).integers(0, 2**32, num_bytes // 4, dtype=np.uint32)
     source = jax.block_until_ready(jax.device_put(noise, host_sharding()))
 
     def seconds(num_copies: int) -> float:
-        start, copy = time.perf_counter(), None
-        for _ in range(num_copies):
-            copy = jax.device_put(source, device_sharding())  # the one before is freed: two at a time at most
-        jax.block_until_ready(copy)
+        start = time.perf_counter()
+        jax.block_until_ready([jax.device_put(source, device_sharding()) for _ in range(num_copies)])
         return time.perf_counter() - start
 
-    num_copies = max(1, int(budget_s / min(seconds(1) for _ in range(2))))
+    if seconds(1) > SLOW_COPY_S:
+        num_copies = 1
     return num_copies * source.nbytes / min(seconds(num_copies) for _ in range(repeats)) / 1e9
 
 

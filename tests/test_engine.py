@@ -269,7 +269,7 @@ def test_an_interrupted_step_is_survived(step: str, is_compiled: bool, monkeypat
 
 def test_lost_slots_are_filled_anew(engine: Engine) -> None:
     state = engine.new_state(1, [1])
-    state.experts.pool.delete()
+    state.experts.layers[0].delete()
     engine.give_back(state)
     assert tokens(engine) == expected()
 

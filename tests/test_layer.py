@@ -1,5 +1,6 @@
 """The seam: grouping, staging, and that offloaded experts compute what resident ones do, and count what they did."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,11 +10,11 @@ import pytest
 
 from jmoe import memory
 from jmoe.experts.layer import (
+    Groups,
     OffloadedExperts,
     ResidentExperts,
     group_by_expert,
     needed_experts,
-    staging_plan,
 )
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
@@ -82,8 +83,7 @@ def resident():
 def start(num_slots: int) -> ExpertSlots:
     """Staging slots are NaN: nothing may be read from them before it was put there."""
     slots = init_slots(store(), layout(num_slots))
-    pool = slots.pool.at[layout(num_slots).staging_start :].set(np.nan)
-    return ExpertSlots(pool, slots.residency)
+    return dataclasses.replace(slots, staging=jnp.full_like(slots.staging, np.nan))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
@@ -107,7 +107,7 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
     np.testing.assert_array_equal([used.hits, used.fetched, used.streamed], counts)
     assert not np.any(jax.tree.leaves(unused))
     assert int(slots.residency.clock) == len(KINDS)
-    assert_slots_hold_their_owners(slots, num_slots)
+    assert_slots_hold_their_owners(slots)
 
 
 def count(twin: Twin, needed: set[int], clock: int, admits: bool) -> tuple[int, int, int]:
@@ -116,11 +116,10 @@ def count(twin: Twin, needed: set[int], clock: int, admits: bool) -> tuple[int, 
     return num_hits, num_fetched, len(needed) - num_hits - num_fetched
 
 
-def assert_slots_hold_their_owners(slots: ExpertSlots, num_slots: int) -> None:
-    pool, owner = np.asarray(slots.pool), np.asarray(slots.residency.layers.owner)
+def assert_slots_hold_their_owners(slots: ExpertSlots) -> None:
+    owner = np.asarray(slots.residency.layers.owner)
     for n, layer in enumerate(store().layers):
-        first = layout(num_slots).start(n)
-        np.testing.assert_array_equal(pool[first : first + num_slots], np.asarray(layer)[owner[n]])
+        np.testing.assert_array_equal(np.asarray(slots.layers[n]), np.asarray(layer)[owner[n]])
 
 
 def test_resident_experts_are_the_formula() -> None:
@@ -160,20 +159,20 @@ def test_groups_are_the_experts_asked_for_in_ascending_order(kind: str, num_rows
 
 
 @pytest.mark.parametrize("pattern", range(16))
-def test_a_staging_plan_brings_each_missing_expert_to_its_place(pattern: int) -> None:
-    experts = np.array([1, 4, 5, 7], np.int32)
-    missing = np.array([bool(pattern >> place & 1) for place in range(4)])
-    plan = staging_plan(jnp.asarray(experts), jnp.asarray(missing))
-    places = np.flatnonzero(missing)
-    padding = [0] * (4 - len(places))
-    assert int(plan.count) == len(places)
-    assert np.asarray(plan.slot_ids).tolist() == [*places, *padding]
-    assert np.asarray(plan.expert_ids).tolist() == [*experts[places], *padding]
+def test_only_the_chosen_groups(pattern: int) -> None:
+    """In their order, and nothing else: NONE and weight 0 fill up the list."""
+    chosen = np.array([bool(pattern >> place & 1) for place in range(4)])
+    weights = np.random.default_rng(pattern).uniform(0.1, 1, (4, 3)).astype(np.float32)
+    groups = Groups(jnp.array([1, 4, 5, 7], jnp.int32), jnp.asarray(weights)).only(jnp.asarray(chosen), 5)
+    padding = 5 - chosen.sum()
+    assert np.asarray(groups.expert_ids).tolist() == [*np.array([1, 4, 5, 7])[chosen], *[NONE] * padding]
+    np.testing.assert_array_equal(groups.weights, np.concatenate([weights[chosen], np.zeros((padding, 3))]))
 
 
 @pytest.mark.parametrize("num_slots", [2, E])
-def test_the_pool_starts_with_the_first_experts(num_slots: int) -> None:
+def test_slots_start_with_the_first_experts(num_slots: int) -> None:
     slots = init_slots(store(), layout(num_slots))
-    assert slots.pool.shape == (NUM_LAYERS * num_slots + 3, 3, F, D)
+    assert [layer.shape for layer in slots.layers] == [(num_slots, 3, F, D)] * NUM_LAYERS
+    assert slots.staging.shape == (3, 3, F, D)
     assert np.asarray(slots.residency.layers.owner).tolist() == [list(range(num_slots))] * NUM_LAYERS
-    assert_slots_hold_their_owners(slots, num_slots)
+    assert_slots_hold_their_owners(slots)

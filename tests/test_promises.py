@@ -108,10 +108,10 @@ def test_slots_hold_what_residency_says() -> None:
     state = engine.new_state(1, np.ones(1))
     layers = state.experts.residency.layers
     owner, slot_of = np.asarray(layers.owner), np.asarray(layers.slot_of)
-    pool = np.asarray(state.experts.pool)
     for layer, store in enumerate(engine.weights.store.layers):
         for slot, expert in enumerate(owner[layer]):
-            np.testing.assert_array_equal(pool[engine.plan.layout.start(layer) + slot], np.asarray(store)[expert])
+            held = np.asarray(state.experts.layers[layer])[slot]
+            np.testing.assert_array_equal(held, np.asarray(store)[expert])
             assert slot_of[layer, expert] == slot
         assert (slot_of[layer] >= 0).sum() == len(set(owner[layer].tolist())) == 3
 
@@ -134,7 +134,7 @@ def test_a_rolled_back_kv_equals_one_never_written() -> None:
     sampling = batch_sampling([SamplingParams()], ())
 
     def state():
-        slots = ExpertSlots(jnp.zeros((0, *SMALL.expert_shape)), init_residency(2, SMALL.num_experts, 1))
+        slots = ExpertSlots((), jnp.zeros((0, *SMALL.expert_shape)), init_residency(2, SMALL.num_experts, 1))
         return init_state(SMALL, 1, MAX_SEQ_LEN, [8], slots)
 
     def feed(state, ids):

@@ -189,7 +189,7 @@ class Bench:
             requests = self.sampling(repeat)
             sampling, mode = batch_sampling(requests, ()), sampling_mode(requests)
             residency = init_residency(len(config.moe_layers), config.num_experts, 1)
-            no_slots = ExpertSlots(jnp.zeros((0, *config.expert_shape), config.dtype), residency)
+            no_slots = ExpertSlots((), jnp.zeros((0, *config.expert_shape), config.dtype), residency)
             state = init_state(config, batch, plan.max_seq_len, [args.new_tokens] * batch, no_slots)
             start = time.perf_counter()
             for chunk in prompt_chunks(prompts.tolist(), plan.prefill_chunk):
@@ -213,7 +213,8 @@ class Bench:
 def timing(calls: list[tuple[int, float]], batch_size: int) -> dict:
     """ms a step over decode calls (the first of each generation left out): median, and the middle half's spread."""
     per_step = sorted(1e3 * seconds / steps for steps, seconds in calls)
-    low, high = (per_step[math.floor(q * (len(per_step) - 1))] for q in (0.25, 0.75))
+    last = len(per_step) - 1
+    low, high = per_step[math.floor(0.25 * last)], per_step[math.ceil(0.75 * last)]
     median = statistics.median(per_step)
     return {"ms_per_step": median, "ms_low": low, "ms_high": high, "tokens_per_s": batch_size * 1e3 / median}
 

@@ -16,8 +16,8 @@ from jmoe.experts.residency import (
     Counters,
     FetchPlan,
     LayerResidency,
-    Residency,
     admit,
+    compact,
     count_before,
     select,
 )
@@ -35,6 +35,12 @@ class Groups:
 
     expert_ids: Int[Array, " G"]
     weights: Float[Array, "G T"]
+
+    def only(self, chosen: Bool[Array, " G"], size: int) -> "Groups":
+        """The chosen groups, at most `size` of them, in their order."""
+        at = compact(chosen, size)
+        kept = jnp.arange(size) < jnp.sum(chosen)
+        return Groups(jnp.where(kept, self.expert_ids[at], NONE), jnp.where(kept[:, None], self.weights[at], 0.0))
 
 
 def needed_experts(routing: Routing, num_experts: int) -> Bool[Array, " E"]:
@@ -80,9 +86,10 @@ class ResidentExperts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What the layers done so far have made of the pool and of their residency."""
+    """What the layers done so far have made of the slots and of their residency."""
 
-    pool: Float[Array, "R 3 F D"]
+    staging: Float[Array, "W 3 F D"]
+    slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
     counts: tuple[tuple[Array, Array, Array], ...] = ()
 
@@ -101,85 +108,88 @@ class OffloadedExperts:
     admits: bool
     implementation: str | None = None
 
-    @property
-    def residency(self) -> Residency:
-        return self.slots.residency
-
     def start(self) -> Progress:
-        return Progress(self.slots.pool)
+        return Progress(self.slots.staging)
 
     def finish(self, progress: Progress) -> ExpertSlots:
         """The state after the step: layers stacked again, counters and clock advanced."""
-        layers = jax.tree.map(lambda *rows: jnp.stack(rows), *progress.layers)
+        before = self.slots.residency
+        layers = before.layers if self._is_fixed else jax.tree.map(lambda *rows: jnp.stack(rows), *progress.layers)
         counts = [jnp.stack(column) for column in zip(*progress.counts, strict=True)]
         kind = "decode" if self.admits else "prefill"
-        counters = jax.tree.map(jnp.add, getattr(self.residency, kind), Counters(*counts))
-        residency = dataclasses.replace(
-            self.residency, layers=layers, clock=self.residency.clock + 1, **{kind: counters}
-        )
-        return ExpertSlots(progress.pool, residency)
+        counters = jax.tree.map(jnp.add, getattr(before, kind), Counters(*counts))
+        residency = dataclasses.replace(before, layers=layers, clock=before.clock + 1, **{kind: counters})
+        return ExpertSlots(progress.slots, progress.staging, residency)
+
+    @property
+    def _is_fixed(self) -> bool:
+        """Whether no expert changes its slot in this step."""
+        return self.layout.all_resident or not self.admits
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
-        before = self.residency.layer(moe_layer)
+        before, slots, staging = self.slots.residency.layer(moe_layer), self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
             needed = needed_experts(routing, self.layout.num_experts)
             groups = group_by_expert(routing, needed)
             after, plan = self._admit(before, needed, groups)
-        pool = carry.pool if plan is None else self._fetch(moe_layer, carry.pool, plan, self.layout.start(moe_layer))
-        if groups.expert_ids.shape[0] <= self.layout.slots_per_layer and (self.admits or self.layout.all_resident):
-            with jax.named_scope("experts"):
-                at = self._slots(moe_layer, after, groups.expert_ids)
-                y = expert_mlp(x, pool, at, groups.weights, implementation=self.implementation)
+        if plan is not None:
+            slots = self._fetch(moe_layer, slots, plan)
+        if self.layout.all_resident or (self.admits and groups.expert_ids.size <= self.layout.slots_per_layer):
+            y = self._multiply(x, slots, slots_of(after, groups.expert_ids), groups.weights)
         else:
-            y, pool = self._in_waves(moe_layer, x, groups, after, pool)
+            y, staging = self._in_waves(moe_layer, x, groups, after, slots, staging)
         counts = self._counts(needed, before, plan)
-        return y.astype(x.dtype), Progress(pool, (*carry.layers, after), (*carry.counts, counts))
+        progress = Progress(staging, (*carry.slots, slots), (*carry.layers, after), (*carry.counts, counts))
+        return y.astype(x.dtype), progress
 
     def _admit(self, before: LayerResidency, needed, groups: Groups) -> tuple[LayerResidency, FetchPlan | None]:
-        if self.layout.all_resident or not self.admits:
+        if self._is_fixed:
             return before, None
-        plan_size = min(groups.expert_ids.shape[0], self.layout.slots_per_layer)
-        return admit(before, needed, self.residency.clock, plan_size)
+        plan_size = min(groups.expert_ids.size, self.layout.slots_per_layer)
+        return admit(before, needed, self.slots.residency.clock, plan_size)
 
-    def _fetch(self, moe_layer: int, pool, plan: FetchPlan, start: int):
+    def _fetch(self, moe_layer: int, slots: Float[Array, "R 3 F D"], plan: FetchPlan) -> Float[Array, "R 3 F D"]:
         with jax.named_scope("fetch"):
-            layer = self.store.layers[moe_layer]
-            at = plan.slot_ids + start
-            return fetch(layer, pool, plan.expert_ids, at, plan.count, implementation=self.implementation)
+            store = self.store.layers[moe_layer]
+            return fetch(store, slots, plan.expert_ids, plan.slot_ids, plan.count, implementation=self.implementation)
 
-    def _slots(self, moe_layer: int, layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:
-        """Slot of each expert in the pool; some slot of the layer for those that have none."""
-        return jnp.maximum(layer.slot_of[jnp.maximum(expert_ids, 0)], 0) + self.layout.start(moe_layer)
+    def _multiply(self, x, slots, group_slots, group_weights) -> Float[Array, "T D"]:
+        with jax.named_scope("experts"):
+            return expert_mlp(x, slots, group_slots, group_weights, implementation=self.implementation)
 
-    def _in_waves(self, moe_layer: int, x, groups: Groups, layer: LayerResidency, pool):
-        """The groups in order, `num_staging` at a time; those that are not resident come through the staging slots."""
+    def _in_waves(self, moe_layer: int, x, groups: Groups, layer: LayerResidency, slots, staging):
+        """Residents where they are; the others through the staging slots, as many at a time as there are."""
+        asked = groups.expert_ids != NONE
+        resident = asked & (layer.slot_of[jnp.maximum(groups.expert_ids, 0)] != NONE)
+        here = groups.only(resident, min(asked.size, self.layout.slots_per_layer))
+        y = self._multiply(x, slots, slots_of(layer, here.expert_ids), here.weights)
+
         size = self.layout.num_staging
-        num_waves = -(-jnp.sum(groups.expert_ids != NONE, dtype=jnp.int32) // size)
-        padding = -groups.expert_ids.shape[0] % size
-        expert_ids = jnp.pad(groups.expert_ids, (0, padding), constant_values=NONE)
-        weights = jnp.pad(groups.weights, ((0, padding), (0, 0)))
+        missing = asked & ~resident
+        num_missing = jnp.sum(missing, dtype=jnp.int32)
+        away = groups.only(missing, asked.size + -asked.size % size)  # whole waves
+        places = jnp.arange(size, dtype=jnp.int32)
 
         def wave(n, state):
-            y, pool = state
-            mine = jax.lax.dynamic_slice_in_dim(expert_ids, n * size, size)
-            missing = (mine != NONE) & (layer.slot_of[jnp.maximum(mine, 0)] == NONE)
-            pool = self._fetch(moe_layer, pool, staging_plan(mine, missing), self.layout.staging_start)
-            with jax.named_scope("experts"):
-                staged = self.layout.staging_start + jnp.arange(size, dtype=jnp.int32)
-                at = jnp.where(missing, staged, self._slots(moe_layer, layer, mine))
-                part = jax.lax.dynamic_slice_in_dim(weights, n * size, size)
-                return y + expert_mlp(x, pool, at, part, implementation=self.implementation), pool
+            y, staging = state
+            expert_ids = jax.lax.dynamic_slice_in_dim(away.expert_ids, n * size, size)
+            weights = jax.lax.dynamic_slice_in_dim(away.weights, n * size, size)
+            plan = FetchPlan(jnp.maximum(expert_ids, 0), places, jnp.minimum(num_missing - n * size, size))
+            staging = self._fetch(moe_layer, staging, plan)
+            arrived = jnp.where(places < plan.count, places, 0)  # what no expert came to is not read
+            return y + self._multiply(x, staging, arrived, weights), staging
 
-        return jax.lax.fori_loop(0, num_waves, wave, (jnp.zeros(x.shape, jnp.float32), pool))
+        return jax.lax.fori_loop(0, -(-num_missing // size), wave, (y, staging))
 
     def _counts(self, needed, before: LayerResidency, plan: FetchPlan | None) -> tuple[Array, Array, Array]:
+        asked, nothing = jnp.sum(needed, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+        if self.layout.all_resident:
+            return asked, nothing, nothing
         hits = jnp.sum(needed & (before.slot_of != NONE), dtype=jnp.int32)
-        fetched = jnp.zeros((), jnp.int32) if plan is None else plan.count
-        return hits, fetched, jnp.sum(needed, dtype=jnp.int32) - hits - fetched
+        fetched = nothing if plan is None else plan.count
+        return hits, fetched, asked - hits - fetched
 
 
-def staging_plan(expert_ids: Int[Array, " W"], missing: Bool[Array, " W"]) -> FetchPlan:
-    """Brings the missing experts into the staging slots of their own places in the wave."""
-    places = jnp.arange(expert_ids.shape[0], dtype=jnp.int32)
-    entry = missing[None, :] & (count_before(missing)[None, :] == places[:, None])  # [W entries, W places]
-    return FetchPlan(select(entry, expert_ids), select(entry, places), jnp.sum(missing, dtype=jnp.int32))
+def slots_of(layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:
+    """Slot of each expert; some slot for those that have none."""
+    return jnp.maximum(layer.slot_of[jnp.maximum(expert_ids, 0)], 0)

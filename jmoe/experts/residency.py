@@ -110,6 +110,12 @@ def select(choose: Bool[Array, "n m"], values: Int[Array, " m"]) -> Int[Array, "
     return jnp.sum(jnp.where(choose, values[None, :], 0), axis=1, dtype=jnp.int32)
 
 
+def compact(flags: Bool[Array, " n"], size: int) -> Int[Array, " m"]:
+    """Places of the set flags, ascending; `size` entries, 0 where no flag is left. nonzero(flags, size=size)."""
+    entries, places = jnp.arange(size)[:, None], jnp.arange(flags.shape[0], dtype=jnp.int32)
+    return select(flags[None, :] & (count_before(flags)[None, :] == entries), places)
+
+
 def admit(
     layer: LayerResidency, needed: Bool[Array, " E"], clock: Int[Array, ""], plan_size: int, policy: Policy = lru
 ) -> tuple[LayerResidency, FetchPlan]:

@@ -1,4 +1,4 @@
-"""The pool of slots on the device: every layer's share, then the staging slots that all layers use in turn."""
+"""The slots on the device: each layer's own, and the staging slots that all layers use in turn."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from kernels_pallas.fetch.api import fetch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotLayout:
-    """How the pool [R, 3, F, D] is shared out: layer l owns `slots_per_layer` slots from `start(l)` on."""
+    """How many slots there are: `slots_per_layer` for each MoE layer, and `num_staging` that the layers use in turn."""
 
     num_layers: int
     num_experts: int
@@ -21,38 +21,38 @@ class SlotLayout:
     num_staging: int
 
     @property
-    def num_slots(self) -> int:
-        return self.num_layers * self.slots_per_layer + self.num_staging
-
-    @property
-    def staging_start(self) -> int:
-        return self.num_layers * self.slots_per_layer
-
-    @property
     def all_resident(self) -> bool:
         return self.slots_per_layer == self.num_experts
-
-    def start(self, moe_layer: int) -> int:
-        return moe_layer * self.slots_per_layer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertSlots:
-    """The pool and what is in it. Donated from step to step."""
+    """The slots and what is in them. Donated from step to step.
 
-    pool: Float[Array, "R 3 F D"]
+    An array for each layer: XLA computes addresses in 32 bits, and faster, where an array has less than 2**31 elements.
+    """
+
+    layers: tuple[Float[Array, "S 3 F D"], ...]
+    staging: Float[Array, "W 3 F D"]
     residency: Residency
+
+    def is_deleted(self) -> bool:
+        """Whether a step has taken them and not given them back."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self))
 
 
 def init_slots(store: ExpertStore, layout: SlotLayout, *, implementation: str | None = None) -> ExpertSlots:
-    """A pool whose slots hold the first experts of each layer, so that they may be used from the first token on."""
-    fill = jax.jit(fetch, donate_argnums=1, static_argnames="implementation")
-    shape = (layout.num_slots, *store.layers[0].shape[1:])
-    pool = jnp.zeros(shape, store.layers[0].dtype)
+    """Slots that hold the first experts of each layer, so that they may be used from the first token on."""
     experts: Int[Array, " P"] = jnp.arange(layout.slots_per_layer, dtype=jnp.int32)
-    count = jnp.asarray(layout.slots_per_layer, jnp.int32)
-    for n, layer in enumerate(store.layers):
-        pool = fill(layer, pool, experts, experts + layout.start(n), count, implementation=implementation)
-    residency = init_residency(layout.num_layers, layout.num_experts, layout.slots_per_layer)
-    return ExpertSlots(pool, residency)
+    fill = jax.jit(fetch, donate_argnums=1, static_argnames="implementation")
+
+    def filled(layer: Float[Array, "E 3 F D"]) -> Float[Array, "S 3 F D"]:
+        empty = jnp.zeros((layout.slots_per_layer, *layer.shape[1:]), layer.dtype)
+        return fill(layer, empty, experts, experts, jnp.asarray(experts.size), implementation=implementation)
+
+    return ExpertSlots(
+        layers=tuple(filled(layer) for layer in store.layers),
+        staging=jnp.zeros((layout.num_staging, *store.layers[0].shape[1:]), store.layers[0].dtype),
+        residency=init_residency(layout.num_layers, layout.num_experts, layout.slots_per_layer),
+    )

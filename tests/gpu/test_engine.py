@@ -46,18 +46,18 @@ def test_tokens_do_not_depend_on_slots_batches_or_kernels() -> None:
         assert tokens(**runtime) == expected, runtime
 
 
-def test_the_pool_is_never_copied() -> None:
-    """It would not fit twice: a generation gives back the very buffer that it took."""
+def test_slots_are_never_copied() -> None:
+    """They would not fit twice: a generation gives back the very buffers that it took."""
     engine = models.engine(CONFIG, **OPTIONS)
 
-    def pool_pointer() -> int:
+    def pointers() -> list[int]:
         state = engine.new_state(1, [1])
         engine.give_back(state)
-        return state.experts.pool.unsafe_buffer_pointer()
+        return [array.unsafe_buffer_pointer() for array in (*state.experts.layers, state.experts.staging)]
 
-    before = pool_pointer()
+    before = pointers()
     engine.generate(PROMPTS, GREEDY).results()
-    assert pool_pointer() == before
+    assert pointers() == before
 
 
 def test_offloaded_logits_equal_resident_logits() -> None:
