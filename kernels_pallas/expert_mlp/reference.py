@@ -29,8 +29,13 @@ def _dot(x, kernel, contracted: int):
 
 
 def _one_row(x, slots, group_slots, group_weights):
-    """Products and sums instead of dots: XLA fuses the gather of the slots into the sum, so weights are read once."""
-    gate_up_down = jnp.take(slots, group_slots, axis=0).astype(jnp.float32)  # [G, 3, F, D], never materialised
+    """Products and sums instead of dots: XLA fuses the gather of the slots into the sum, so weights are read once.
+
+    The barrier keeps the computation of the slots out of that fusion, where every thread would do it again, and the
+    gather does not check its bounds: both would stand between a thread and its next weights.
+    """
+    at = jax.lax.optimization_barrier(group_slots)
+    gate_up_down = slots.at[at].get(mode="promise_in_bounds").astype(jnp.float32)  # [G, 3, F, D], never materialised
     gate_up = jnp.sum(gate_up_down[:, :2] * x[0].astype(jnp.float32).reshape(1, 1, 1, -1), axis=-1)  # [G, 2, F]
     hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1] * group_weights  # [G, F]
     return jnp.sum(gate_up_down[:, 2] * hidden[:, :, None], axis=(0, 1))[None]  # [1, D]
