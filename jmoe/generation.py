@@ -236,28 +236,29 @@ class _Batch:
         start = time.perf_counter()
         for chunk in self._chunks():
             self._prefill(chunk)
-        tokens, logprobs = np.asarray(self.state.last_tokens), np.asarray(self.state.last_logprobs)
+        state = self.state
+        tokens, logprobs, done = jax.device_get((state.last_tokens, state.last_logprobs, state.done))
         self.clock.ttft_s = self.clock.ttft_s or time.perf_counter() - start
         self.clock.num_prompt_tokens += sum(len(sequence.prompt) for sequence in self.sequences)
-        yield from self._hand_out(tokens[:, None], logprobs[:, None])
+        yield from self._hand_out(tokens[:, None], logprobs[:, None], done)
 
     def decode(self) -> Iterator[Delta]:
         start, capacity = time.perf_counter(), self.engine.runtime.decode_chunk
         emitted = self._decode(self._num_steps(capacity) if self.clock.is_live else capacity)
+        emitted, done = jax.device_get((emitted, self.state.done))  # together: one wait
         num_steps = int(emitted.num_steps)
-        tokens, logprobs = np.asarray(emitted.token_ids)[:, :num_steps], np.asarray(emitted.logprobs)[:, :num_steps]
+        tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
         took = time.perf_counter() - start
         self._step_s = took / max(1, num_steps)
         self.clock.decode_calls.append((num_steps, took))
         self.clock.num_decode_tokens += int((tokens != NO_TOKEN).sum())
-        yield from self._hand_out(tokens, logprobs)
+        yield from self._hand_out(tokens, logprobs, done)
 
     def _num_steps(self, capacity: int) -> int:
         """As many steps as fill LIVE_S at the pace of the last call; one to begin with."""
         return 1 if self._step_s is None else max(1, min(capacity, int(LIVE_S / self._step_s)))
 
-    def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray) -> Iterator[Delta]:
-        done = np.asarray(self.state.done)
+    def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray, done: np.ndarray) -> Iterator[Delta]:
         stopped = np.zeros(len(self.sequences), bool)
         for n, sequence in enumerate(self.sequences):
             real = tokens[n] != NO_TOKEN
@@ -265,7 +266,8 @@ class _Batch:
                 yield sequence.push(tokens[n][real].tolist(), logprobs[n][real].tolist())
             stopped[n] = sequence.stopped
         if (stopped & ~done).any():
-            self.state = dataclasses.replace(self.state, done=jnp.asarray(done | stopped))
+            committed = jax.device_put(done | stopped, jax.devices()[0])  # as a step returns it, see init_state
+            self.state = dataclasses.replace(self.state, done=committed)
         self.finished = bool((done | stopped).all())
 
     def close(self) -> None:

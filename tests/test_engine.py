@@ -9,6 +9,7 @@ import pytest
 
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
+from jmoe.decoding.step import Steps
 from jmoe.engine import Engine
 from jmoe.generation import Completion
 from jmoe.model.decoder import build_decoder
@@ -187,6 +188,21 @@ def test_a_stop_string_ends_the_text_before_it(whole: Completion, live: bool) ->
     assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
     assert BYTES.decode(completion.token_ids) == completion.text
     assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_one_stops_and_the_other_goes_on(whole: Completion) -> None:
+    """Without compiling anew: the engine marks the stopped one as done between two calls of the same program."""
+    runtime = RuntimeConfig(expert_slots=4, max_seq_len=MAX_SEQ_LEN, batch_size=2, decode_chunk=4, measure_link=False)
+    engine = Engine.start(TEXT, runtime, lambda: models.weights(TEXT), tokenizer=BYTES)
+    stop = first_new_character(whole.text)
+    requests = [SamplingParams(max_new_tokens=40, stop=(stop,)), SamplingParams(max_new_tokens=40)]
+    compiled = Steps.decode._cache_size()
+    stopped, other = engine.generate(["A prompt", "Another"], requests).results()
+    assert Steps.decode._cache_size() == compiled + 1
+    assert (stopped.finish_reason, stopped.text) == ("stop", whole.text[: whole.text.index(stop)])
+    assert len(stopped.token_ids) < 36, "it ends in a chunk that is not the last"
+    [alone] = text_engine(tokenizer=BYTES).generate("Another", requests[1]).results()
+    assert (other.finish_reason, other.token_ids) == ("length", alone.token_ids)
 
 
 # Left, or interrupted

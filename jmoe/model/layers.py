@@ -27,8 +27,8 @@ class Linear(nnx.Module):
 def matmul(x: Float[Array, "*n I"], kernel: Float[Array, "O I"], dtype=None) -> Float[Array, "*n O"]:
     """einsum("...i,oi->...o", x, kernel), accumulated in float32, returned as `dtype` (default: x's).
 
-    A single row is a product and a sum: XLA makes one kernel of it that reads each row of the kernel once, faster than
-    the matrix-vector product it picks for a dot (docs/benchmarks.md).
+    A single row is a product and a sum: XLA makes one kernel of it that reads each row of the kernel once, on a GPU and
+    on a CPU, where the matrix-vector product that it picks for a dot is often slower.
     """
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:
