@@ -87,16 +87,17 @@ def pinned_limit_bytes() -> int | None:
     return int(value) * GIB if value else XLA_DEFAULT_HOST_LIMIT_BYTES
 
 
-def host_available_bytes() -> int:
+def host_available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     """Host memory that may still be taken: what the system calls available, or what is left of the control group."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
+    if (group / "memory.current").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        used = int((group / "memory.current").read_text())
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        available = min(available, int(limit) - used + int(cached))  # file pages go when memory is asked for
     return available
 
 
@@ -195,7 +196,7 @@ def plan_memory(
     """
     max_seq_len = runtime.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
     prefill_chunk = min(runtime.prefill_chunk, max_seq_len)
-    host_limit = runtime.host_memory_bytes or host_limit_bytes
+    host_limit = min(runtime.host_memory_bytes or host_limit_bytes, host_limit_bytes)
     pinned = config.store_bytes if device_limit_bytes is None else pinned_pool_bytes(config)
     _require_host(config, pinned, host_limit)
     if device_limit_bytes is None:
@@ -235,7 +236,8 @@ def _require_host(config: ModelConfig, pinned: int, limit: int) -> None:
         raise ValueError(
             f"not enough host memory: the experts take {format_bytes(config.store_bytes)} of pinned host memory "
             f"({format_bytes(pinned)} with the allocator's waste) and {format_bytes(limit)} may be used; "
-            "free memory, raise --host-memory, or use a smaller model or dtype"
+            f"free memory, raise --host-memory (on a GPU also {HOST_LIMIT_VARIABLE}, if it was set), or use a smaller "
+            "model or dtype"
         )
 
 

@@ -262,6 +262,24 @@ def configured(monkeypatch: pytest.MonkeyPatch, *, backend_is_up: bool, **enviro
     return {name: os.environ[name] for name in XLA_SETTINGS if name in os.environ}
 
 
+def test_a_control_group_bounds_what_is_available(tmp_path: Path) -> None:
+    """Its files (version 2), with what the kernel would give back of cached files."""
+    for name, text in (
+        ("memory.max", "5000\n"),
+        ("memory.current", "4000"),
+        ("memory.stat", "anon 1\ninactive_file 700\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert memory.host_available_bytes(tmp_path) == 1700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.host_available_bytes(tmp_path) > 10**6
+
+
+def test_host_memory_bounds_but_never_raises() -> None:
+    assert plan(SMALL, host=GIB, host_memory_bytes=GIB // 2).host_limit_bytes == GIB // 2
+    assert plan(SMALL, host=GIB, host_memory_bytes=2 * GIB).host_limit_bytes == GIB
+
+
 def test_xla_is_told_to_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = configured(monkeypatch, backend_is_up=False)
     assert settings["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
