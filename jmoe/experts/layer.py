@@ -86,12 +86,13 @@ class ResidentExperts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What the layers done so far have made of the slots and of their residency."""
+    """What the layers done so far have asked for, and have made of the slots and of their residency."""
 
     staging: Float[Array, "W 3 F D"]
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
-    counts: tuple[tuple[Array, Array, Array], ...] = ()
+    needed: tuple[Bool[Array, " E"], ...] = ()
+    num_fetched: tuple[Int[Array, ""], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +116,17 @@ class OffloadedExperts:
         """The state after the step: layers stacked again, counters and clock advanced."""
         before = self.slots.residency
         layers = before.layers if self._is_fixed else jax.tree.map(lambda *rows: jnp.stack(rows), *progress.layers)
-        counts = [jnp.stack(column) for column in zip(*progress.counts, strict=True)]
         kind = "decode" if self.admits else "prefill"
-        counters = jax.tree.map(jnp.add, getattr(before, kind), Counters(*counts))
+        counters = jax.tree.map(jnp.add, getattr(before, kind), self._counts(progress))
         residency = dataclasses.replace(before, layers=layers, clock=before.clock + 1, **{kind: counters})
         return ExpertSlots(progress.slots, progress.staging, residency)
+
+    def _counts(self, progress: Progress) -> Counters:
+        """Of this step, all layers at once: a few small kernels a step instead of a layer."""
+        needed = jnp.stack(progress.needed)  # [L, E]
+        hits = jnp.sum(needed & (self.slots.residency.layers.slot_of != NONE), axis=1, dtype=jnp.int32)
+        fetched = jnp.stack(progress.num_fetched) if progress.num_fetched else jnp.zeros_like(hits)
+        return Counters(hits, fetched, jnp.sum(needed, axis=1, dtype=jnp.int32) - hits - fetched)
 
     @property
     def _is_fixed(self) -> bool:
@@ -132,14 +139,16 @@ class OffloadedExperts:
             needed = needed_experts(routing, self.layout.num_experts)
             groups = group_by_expert(routing, needed)
             after, plan = self._admit(before, needed, groups)
+        num_fetched = carry.num_fetched
         if plan is not None:
-            slots = self._fetch(moe_layer, slots, plan)
+            slots, num_fetched = self._fetch(moe_layer, slots, plan), (*num_fetched, plan.count)
         if self.layout.all_resident or (self.admits and groups.expert_ids.size <= self.layout.slots_per_layer):
             y = self._multiply(x, slots, slots_of(after, groups.expert_ids), groups.weights)
         else:
             y, staging = self._in_waves(moe_layer, x, groups, after, slots, staging)
-        counts = self._counts(needed, before, plan)
-        progress = Progress(staging, (*carry.slots, slots), (*carry.layers, after), (*carry.counts, counts))
+        progress = Progress(
+            staging, (*carry.slots, slots), (*carry.layers, after), (*carry.needed, needed), num_fetched
+        )
         return y.astype(x.dtype), progress
 
     def _admit(self, before: LayerResidency, needed, groups: Groups) -> tuple[LayerResidency, FetchPlan | None]:
@@ -180,14 +189,6 @@ class OffloadedExperts:
             return y + self._multiply(x, staging, arrived, weights), staging
 
         return jax.lax.fori_loop(0, -(-num_missing // size), wave, (y, staging))
-
-    def _counts(self, needed, before: LayerResidency, plan: FetchPlan | None) -> tuple[Array, Array, Array]:
-        asked, nothing = jnp.sum(needed, dtype=jnp.int32), jnp.zeros((), jnp.int32)
-        if self.layout.all_resident:
-            return asked, nothing, nothing
-        hits = jnp.sum(needed & (before.slot_of != NONE), dtype=jnp.int32)
-        fetched = nothing if plan is None else plan.count
-        return hits, fetched, asked - hits - fetched
 
 
 def slots_of(layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:
