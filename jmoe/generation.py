@@ -273,12 +273,6 @@ class _Batch:
     def close(self) -> None:
         if not self.state.experts.is_deleted():
             prefill, decode = read_counts(self.state.experts.residency)
-            self.clock.prefill = _sum(self.clock.prefill, prefill - self._before[0])
-            self.clock.decode = _sum(self.clock.decode, decode - self._before[1])
+            self.clock.prefill = self.clock.prefill + prefill - self._before[0]
+            self.clock.decode = self.clock.decode + decode - self._before[1]
         self.engine.give_back(self.state)
-
-
-def _sum(left: ExpertCounts, right: ExpertCounts) -> ExpertCounts:
-    return ExpertCounts(
-        hits=left.hits + right.hits, fetched=left.fetched + right.fetched, streamed=left.streamed + right.streamed
-    )

@@ -69,7 +69,7 @@ def _region_bytes(size: int) -> int:
 def configure_backend(config: ModelConfig) -> None:
     """Sets what XLA reads from the environment when it starts; whatever the user has set stays.
 
-    XLA caps pinned host memory at 64 GB unless told otherwise, keeps a quarter of the GPU to itself, and takes all of
+    XLA caps pinned host memory at 64 GiB unless told otherwise, keeps a quarter of the GPU to itself, and takes all of
     its share at once. Once a backend is up this changes nothing, so that the plan sees the limits that are in force.
     """
     if xla_bridge.backends_are_initialized():  # has no public name

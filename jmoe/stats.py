@@ -23,6 +23,11 @@ class ExpertCounts:
         hits, fetched, streamed = (int(np.asarray(value, np.int64).sum()) for value in values)
         return cls(hits=hits, fetched=fetched, streamed=streamed)
 
+    def __add__(self, other: "ExpertCounts") -> "ExpertCounts":
+        return ExpertCounts(
+            hits=self.hits + other.hits, fetched=self.fetched + other.fetched, streamed=self.streamed + other.streamed
+        )
+
     def __sub__(self, earlier: "ExpertCounts") -> "ExpertCounts":
         return ExpertCounts(
             hits=self.hits - earlier.hits,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jmoe.config import ModelConfig, RopeConfig
+from jmoe.config import ModelConfig, RopeConfig, RuntimeConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "models"
 
@@ -20,6 +20,11 @@ def tiny() -> ModelConfig:
 def test_presets_are_valid_and_survive_a_dict(path: Path):
     config = ModelConfig.from_toml(path)
     assert ModelConfig.from_dict(config.to_dict(), "a test") == config
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS.parent / "runtime").glob("*.toml")), ids=lambda path: path.stem)
+def test_runtime_examples_are_valid(path: Path):
+    assert RuntimeConfig.from_toml(path) != RuntimeConfig(), "an example that sets nothing"
 
 
 def test_30b_is_as_large_as_the_real_one():

@@ -101,6 +101,25 @@ def test_offloaded_logits_equal_resident_logits() -> None:
     np.testing.assert_allclose(logits, resident, atol=1e-4)
 
 
+def test_bfloat16_differs_only_where_it_is_undecided(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another choice than the resident model's only where its top two are closer than bfloat16's own noise."""
+    half = dataclasses.replace(SMALL, dtype="bfloat16")
+    weights = models.on_device(models.weights(half))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (weights.params, weights.store.layers))
+    ids = jnp.asarray(models.prompts(48, 48, 48, 48))
+    resident = np.asarray(forward_resident(half, weights.params, weights.store.layers, ids))
+    noise = np.abs(resident - np.asarray(forward_resident(SMALL, *wide, ids))).max()
+    offloaded = models.engine(half, batch_size=4, expert_slots=3, staging_slots=2).logits(ids)
+    differs = resident.argmax(-1) != offloaded.argmax(-1)
+    top_two = np.sort(resident, axis=-1)[..., -2:]
+    margins = (top_two[..., 1] - top_two[..., 0])[differs]
+    with capsys.disabled():
+        print(f"\nbfloat16: {differs.sum()} of {differs.size} choices differ, noise {noise:.3f}, margins {margins}")
+    assert differs.mean() < 0.05
+    assert (margins < noise).all()
+    assert noise < np.abs(resident).max() / 4, "the noise must not excuse everything"
+
+
 def test_slots_hold_what_residency_says() -> None:
     """After decoding, every slot's weights are those of the expert that is said to be in it."""
     engine = models.engine(expert_slots=3)

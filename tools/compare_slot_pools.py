@@ -16,10 +16,17 @@ import time
 from collections.abc import Iterable
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jmoe import memory
 from jmoe.config import ModelConfig
+from jmoe.experts.layer import ResidentExperts
+from jmoe.experts.residency import admit, init_residency
+from jmoe.model.decoder import build_decoder
+from jmoe.model.kv_cache import init_kv_cache
+from tools.random_weights import random_weights
 
 TIMED_STEPS = 200
 
@@ -40,13 +47,6 @@ def record(
     config: ModelConfig, regime: Literal["sticky", "flat"], batch_size: int, num_tokens: int, seed: int
 ) -> np.ndarray:
     """Expert ids [steps, L, B, A] of sampled text (temperature 1) from random starts."""
-    import jax
-    import jax.numpy as jnp
-
-    from jmoe.experts.layer import ResidentExperts
-    from jmoe.model.decoder import build_decoder
-    from jmoe.model.kv_cache import init_kv_cache
-    from tools.random_weights import random_weights
 
     weights = random_weights(config, regime, seed)
     layers = tuple(jax.device_put(layer, memory.device_sharding()) for layer in weights.store.layers)
@@ -110,10 +110,6 @@ def hit_rates(trace: np.ndarray, slots_per_layer: int) -> tuple[float, float]:
 
 def admit_us(num_experts: int, num_slots: int, num_needed: int) -> float:
     """Microseconds of one `admit`, in a loop on the device."""
-    import jax
-    import jax.numpy as jnp
-
-    from jmoe.experts.residency import admit, init_residency
 
     ids = jax.random.randint(jax.random.key(0), (TIMED_STEPS, num_needed), 0, num_experts)
 

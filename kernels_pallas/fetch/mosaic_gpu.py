@@ -17,7 +17,6 @@ from kernels_pallas.host_view import device_view
 
 TMA_MAX_BOX = 256  # elements of one dimension of a TMA box
 TMA_ALIGNMENT = 16  # bytes
-LANES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
