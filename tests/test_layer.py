@@ -44,7 +44,7 @@ def make_routing(kind: str, num_rows: int, rng: np.random.Generator) -> Routing:
     if kind == "everything":
         expert_ids = np.resize(np.arange(E), (num_rows, A))
     weights = rng.uniform(0.1, 0.9, expert_ids.shape).astype(np.float32)
-    routing = Routing(jnp.asarray(expert_ids, jnp.int32), jnp.asarray(weights))
+    routing = Routing(jnp.asarray(expert_ids, jnp.int32), jnp.asarray(weights), jnp.zeros((num_rows, E)))
     valid = {"masked": np.arange(num_rows) % 2 == 1, "no_token": np.zeros(num_rows, bool)}.get(kind)
     return routing if valid is None else routing.masked(jnp.asarray(valid), E)
 

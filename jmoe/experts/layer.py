@@ -83,6 +83,17 @@ class ResidentExperts:
         return y.astype(x.dtype), carry
 
 
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """Resident experts whose carry is the tuple of all routings so far, one a MoE layer."""
+
+    experts: ResidentExperts
+
+    def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: tuple[Routing, ...]):
+        y, _ = self.experts(moe_layer, x, routing, None)
+        return y, (*carry, routing)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:

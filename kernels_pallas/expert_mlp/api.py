@@ -3,9 +3,9 @@
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas import backends
-from kernels_pallas.expert_mlp import reference
+from kernels_pallas.expert_mlp import dense, reference
 
-IMPLEMENTATIONS = {"reference": reference.expert_mlp}
+IMPLEMENTATIONS = {"reference": reference.expert_mlp, "dense": dense.expert_mlp}
 
 
 def resolve(implementation: str | None) -> str:

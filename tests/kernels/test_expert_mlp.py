@@ -58,6 +58,23 @@ def test_the_reference_is_close_in_half_precision(spec: ExpertMlpSpec, dtype: st
     check(*make_inputs(half), *half.groups(), ROUNDED)
 
 
+@pytest.mark.parametrize("spec", [SCALED[0], SCALED[4], SCALED[7], SCALED[9]], ids=lambda spec: spec.name)
+def test_the_dense_form_is_the_reference_and_so_is_its_gradient(spec: ExpertMlpSpec) -> None:
+    exact = dataclasses.replace(spec, dtype="float32")
+    group_slots, group_weights = map(jnp.asarray, exact.groups())
+    direction = jnp.asarray(np.random.default_rng(1).normal(size=exact.x_shape), jnp.float32)
+
+    def along(x, slots, weights, implementation: str):
+        return jnp.vdot(direction, api.expert_mlp(x, slots, group_slots, weights, implementation=implementation))
+
+    def gradients(implementation: str):
+        values = jax.value_and_grad(along, argnums=(0, 1, 2))(*make_inputs(exact), group_weights, implementation)
+        return jax.tree.leaves(values)
+
+    for got, wanted in zip(gradients("dense"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+
+
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_nothing_asked_is_zero(num_rows: int) -> None:
     spec = dataclasses.replace(SMALL, num_rows=num_rows, group_sizes=(0, 0))
