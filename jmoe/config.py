@@ -35,14 +35,16 @@ def _from_mapping[T](cls: type[T], values: Mapping[str, Any], source: str) -> T:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml[T](cls: type[T], path: str | Path) -> T:
+    """An object of this dataclass from a TOML file. Raises ValueError for a malformed file, an unknown key or a value."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a TOML configuration (see configs/)")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}. Mend the file at that place.") from error
+    return _from_mapping(cls, values, str(path))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,7 @@ class ModelConfig:
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Reads configs/models/*.toml. Raises ValueError for a malformed file, an unknown key or a bad value."""
-        return _from_mapping(cls, _read_toml(path), str(path))
+        return read_toml(cls, path)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> Self:
@@ -209,4 +211,4 @@ class RuntimeConfig:
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Reads configs/runtime/*.toml. Raises ValueError for a malformed file, an unknown key or a bad value."""
-        return _from_mapping(cls, _read_toml(path), str(path))
+        return read_toml(cls, path)

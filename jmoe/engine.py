@@ -123,17 +123,49 @@ class Engine:
             raise ValueError(f"token_ids of shape {ids.shape} must be [B, T]: sequences of equal length")
         for number, row in enumerate(ids):
             self._encode(number, row.tolist())
-        params, store, parts = self.weights.params, self.weights.store, []
-        state = self.new_state(len(ids), [0] * len(ids))
+        return self._by_position(ids.tolist(), lambda _, hidden: self.steps.unembed(self.weights.params, hidden))
+
+    def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Natural log-probabilities, float32, of each sequence's tokens but the first, given those before.
+
+        Sequences may differ in length, up to max_seq_len; at most the plan's batch size of them. Raises ValueError for
+        none, more, an empty or too long one, or token ids outside the vocabulary.
+        """
+        sequences = [self._checked(f"sequence {number}", row) for number, row in enumerate(token_ids)]
+        longest, limit = max(map(len, sequences), default=0), self.plan.max_seq_len
+        if not 1 <= longest <= limit:
+            raise ValueError(
+                f"{len(sequences)} sequences, the longest of {longest} tokens; expected at least one, and at most "
+                f"max_seq_len={limit} tokens; cut them, or raise the runtime configuration's max_seq_len"
+            )
+        targets = np.zeros((len(sequences), longest + LOGITS_POSITIONS), np.int32)  # so that each part is whole
+        for row, ids in zip(targets, sequences, strict=True):
+            row[: len(ids) - 1] = ids[1:]
+
+        def head(start: int, hidden: jax.Array) -> jax.Array:
+            part = targets[:, start : start + hidden.shape[1]]
+            return self.steps.token_logprobs(self.weights.params, hidden, part)
+
+        logprobs = self._by_position([ids[:-1] or ids for ids in sequences], head)  # an empty prompt cannot run
+        return [row[: len(ids) - 1] for row, ids in zip(logprobs, sequences, strict=True)]
+
+    def _by_position(
+        self, token_ids: Sequence[Sequence[int]], head: Callable[[int, jax.Array], jax.Array]
+    ) -> np.ndarray:
+        """`head` of the first position and the hidden states [B, t, D] of a few at a time, joined: [B, T, …]."""
+        params, store = self.weights.params, self.weights.store
+        start, longest, parts = 0, max(map(len, token_ids)), []
+        state = self.new_state(len(token_ids), [0] * len(token_ids))
         try:
-            for chunk in prompt_chunks(ids.tolist(), self.plan.prefill_chunk):
+            for chunk in prompt_chunks(token_ids, self.plan.prefill_chunk):
                 hidden, state = self.steps.prefill_hidden(params, store, state, chunk)
-                for start in range(0, hidden.shape[1], LOGITS_POSITIONS):  # the workspace holds no more at a time
-                    part = hidden[:, start : start + LOGITS_POSITIONS]
-                    parts.append(np.asarray(self.steps.unembed(params, part)))
+                for at in range(0, min(hidden.shape[1], longest - start), LOGITS_POSITIONS):
+                    part = hidden[:, at : at + LOGITS_POSITIONS]  # the workspace holds no more at a time
+                    parts.append(np.asarray(head(start + at, part)))
+                start += hidden.shape[1]
+            return np.concatenate(parts, axis=1)[:, :longest]
         finally:
             self.give_back(state)
-        return np.concatenate(parts, axis=1)[:, : ids.shape[1]]
 
     def _encode(self, number: int, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -141,18 +173,22 @@ class Engine:
                 raise ValueError("this engine has no tokenizer; give token ids instead of text")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = [int(token) for token in prompt]
-        limit, vocab = self.plan.max_seq_len, self.config.vocab_size
-        if not ids:
-            raise ValueError(f"prompt {number} is empty; give at least one token")
+            ids = list(prompt)
+        limit = self.plan.max_seq_len
         if len(ids) >= limit:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, but max_seq_len={limit} must hold it and at least one more; "
                 "raise --max-seq-len or shorten it"
             )
+        return self._checked(f"prompt {number}", ids)
+
+    def _checked(self, name: str, token_ids: Sequence[int]) -> list[int]:
+        ids, vocab = [int(token) for token in token_ids], self.config.vocab_size
+        if not ids:
+            raise ValueError(f"{name} is empty; give at least one token")
         outside = [token for token in ids if not 0 <= token < vocab]
         if outside:
-            raise ValueError(f"prompt {number} has token ids {outside[:5]} outside 0..{vocab - 1} (vocab_size={vocab})")
+            raise ValueError(f"{name} has token ids {outside[:5]} outside 0..{vocab - 1} (vocab_size={vocab})")
         return ids
 
     # What a generation needs: the state of its batch, and the slots back when it is done.

@@ -1,11 +1,15 @@
 """The decode benchmark runs, and its last line is JSON that other programs can read."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jmoe.config import ModelConfig
+from jmoe.convert import convert_hf
+from jmoe.synthetic import write_synthetic
 from tools import bench_decode
 from tools.bench_decode import timing
 
@@ -26,7 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_last_line_is_json_with_a_row_for_each_share(bench) -> None:
-    lines = bench("--shares", "1", "0.5")
+    lines = bench("--shares", "1", "0.5", "--layers", "1")
     report = json.loads(lines[-1])
     rows = {row["share"]: row for row in report["rows"]}
     assert list(rows) == [0.5, 1.0, "reference"]
@@ -49,7 +53,61 @@ def test_the_card_says_what_was_run(bench) -> None:
     routed = 2 * 4 * config.expert_bytes
     assert card["routed_mb_per_token"] == round(routed / 1e6, 1)
     assert card["roofline_tokens_per_s_without_hits"] == round(2e9 / routed, 1)
+    assert card["prompts"] == "random token ids (seed 0)"
     assert any(line.startswith("device") for line in lines)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one layer whose token ids are bytes."""
+    path = tmp_path_factory.mktemp("model")
+    config = dataclasses.replace(ModelConfig.from_toml(TINY), num_hidden_layers=1)
+    write_synthetic(config, path / "hf", regime="flat", seed=0)
+    convert_hf(path / "hf", path / "converted")
+    return path / "converted"
+
+
+def prompts_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> np.ndarray:
+    monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
+    sizes = ["--batch-size", "2", "--repeats", "2", "--prompt-tokens", "7"]
+    return bench_decode.Bench(bench_decode.parse([*argv, *sizes])).prompts
+
+
+def test_random_weights_get_the_same_random_ids_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(monkeypatch, "--config", str(TINY), "--layers", "1", "--seed", "3")
+    np.testing.assert_array_equal(prompts, np.random.default_rng(3).integers(0, 512, (3, 2, 7)))
+
+
+def test_a_model_gets_the_beginnings_of_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"source": text, "text": text * 9}) + "\n" for text in "abcdef"))
+    prompts = prompts_of(monkeypatch, "--model", str(model), "--prompts", str(file))
+    assert prompts.shape == (3, 2, 7)
+    assert sorted(bytes(row) for row in prompts.reshape(6, 7).tolist()) == [
+        7 * text for text in map(str.encode, "abcdef")
+    ]
+
+
+def test_a_model_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
+    argv = ["--model", str(model), "--shares", "0.5", "--no-reference", *SIZES, "--layers", "1", "--new-tokens", "5"]
+    assert bench_decode.main(argv) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["card"]["weights"], report["card"]["prompts"]) == ("checkpoint", "python.jsonl (seed 0)")
+    assert report["rows"][0]["tokens_per_s"] > 0
+
+
+def test_prompts_that_are_too_short_are_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"source": "one.py", "text": "1234"}\n{"source": "two.py", "text": "12345"}\n')
+    assert bench_decode.main(["--model", str(model), "--prompts", str(file), *SIZES]) == 2
+    assert f"error: {file}: prompts of fewer than --prompt-tokens 5 tokens: one.py has 4." in capsys.readouterr().err
+
+
+def test_random_prompts_take_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--config", str(TINY), "--prompts", "x.jsonl"])
+    assert "--prompts: not allowed with --config" in capsys.readouterr().err
 
 
 def test_timing_by_hand() -> None:

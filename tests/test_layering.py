@@ -15,6 +15,8 @@ ROWS = (
     ("tools",),
     ("jmoe.__main__", "jmoe.generate"),
     ("jmoe",),  # the public names: jmoe/__init__.py alone
+    ("jmoe.training",),
+    ("jmoe.evaluation",),
     ("jmoe.engine",),
     ("jmoe.decoding", "jmoe.sources"),
     ("jmoe.experts.layer", "jmoe.convert", "jmoe.export", "jmoe.synthetic"),
@@ -23,7 +25,7 @@ ROWS = (
     ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer"),
     ("jmoe.model", "jmoe.experts"),
     ("kernels_pallas",),
-    ("jmoe.shapes", "jmoe.config"),
+    ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats"),
 )
 PART_OF = {
     "jmoe.generation": "jmoe.engine",

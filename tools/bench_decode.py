@@ -4,8 +4,8 @@
     python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1
 
 Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
-on the device and no slots at all. Random weights route as their scales make them (see `jmoe.synthetic`), so a figure
-means something only beside its hit rate.
+on the device and no slots at all. A checkpoint continues real text, random weights random token ids, which they route
+as their scales make them (see `jmoe.synthetic`): so a figure of theirs means something only beside its hit rate.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import math
 import statistics
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,11 @@ from jmoe.experts.residency import init_residency
 from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import prompt_chunks
+from jmoe.tokenizer import load_tokenizer
 from tools.random_weights import random_weights
+from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
+
+PROMPTS = Path(__file__).parent.parent / "configs" / "prompts" / "python.jsonl"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="number of decoder layers, if not the configuration's")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0], help="ascending")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--prompts", type=Path, help=f"with --model: JSON lines (default: {PROMPTS.name} of configs)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
@@ -52,16 +59,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true", help="leave out the row with no slots")
     parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.config and args.prompts:
+        parser.error("argument --prompts: not allowed with --config, whose prompts are random token ids")
+    args.prompts = args.prompts or PROMPTS
+    return args
 
 
-def read_model(args: argparse.Namespace) -> ModelConfig:
-
-    if args.model:
-        config = checkpoint.read_config(sources.resolve(args.model, prepare=memory.configure_backend))
-    else:
-        config = ModelConfig.from_toml(args.config)
+def read_model(path: Path | None, args: argparse.Namespace) -> ModelConfig:
+    """The configuration of the checkpoint at `path`, else of --config; with as many layers as asked for."""
+    config = checkpoint.read_config(path) if path else ModelConfig.from_toml(args.config)
     return dataclasses.replace(config, num_hidden_layers=args.layers) if args.layers else config
+
+
+def requests_for(path: Path | None, config: ModelConfig, args: argparse.Namespace) -> list[Request]:
+    """A batch for each run, of --prompt-tokens tokens each. Raises ValueError, with the prompts that are too short."""
+    sizes: dict[str, Any] = {
+        "num_requests": (1 + args.repeats) * args.batch_size,
+        "prompt_tokens": Lengths.constant(args.prompt_tokens),
+        "new_tokens": Lengths.constant(args.new_tokens),
+        "seed": args.seed,
+    }
+    if path is None:
+        return random_workload(config.vocab_size, **sizes)
+    requests = make_workload(read_prompts(args.prompts), load_tokenizer(path), **sizes)
+    lengths = {request.source: len(request.prompt_ids) for request in requests}
+    short = [f"{source} has {length}" for source, length in lengths.items() if length < args.prompt_tokens]
+    if short:
+        raise ValueError(
+            f"{args.prompts}: prompts of fewer than --prompt-tokens {args.prompt_tokens} tokens: "
+            f"{checkpoint.some_of(short, 5)}. Ask for fewer tokens, or give longer --prompts."
+        )
+    return requests
 
 
 def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
@@ -73,6 +102,7 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
         "jax": jax.__version__,
         "model": args.model or args.config,
         "weights": "checkpoint" if args.model else f"random ({args.random_weights}, seed {args.seed})",
+        "prompts": f"{args.prompts.name if args.model else 'random token ids'} (seed {args.seed})",
         "layers": config.num_hidden_layers,
         "experts": f"{config.num_experts} x {config.expert_bytes / 1e6:.2f} MB, {config.num_experts_per_tok} a token",
         "store_gb": round(config.store_bytes / 1e9, 2),
@@ -88,20 +118,20 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
 
 class Bench:
     def __init__(self, args: argparse.Namespace):
-        self.args, self.config = args, read_model(args)
+        path = sources.resolve(args.model, prepare=memory.configure_backend) if args.model else None
+        self.args, self.config = args, read_model(path, args)
+        requests = requests_for(path, self.config, args)
+        prompts = [request.prompt_ids for request in requests]
+        self.prompts = np.array(prompts).reshape(1 + args.repeats, args.batch_size, args.prompt_tokens)
         memory.configure_backend(self.config)
         self.ceiling = memory.measure_link_gbps()
-        self.weights = self._weights()
-        rng = np.random.default_rng(args.seed)
-        shape = (1 + args.repeats, args.batch_size, args.prompt_tokens)
-        self.prompts = rng.integers(0, self.config.vocab_size, shape)
+        self.weights = self._weights(path)
 
-    def _weights(self):
-
+    def _weights(self, path: Path | None):
         start = time.perf_counter()
         args = self.args
-        if args.model:
-            weights = load_weights(sources.resolve(args.model), self.config)
+        if path:
+            weights = load_weights(path, self.config)
         else:
             weights = random_weights(self.config, args.random_weights, args.seed)
         took = time.perf_counter() - start
@@ -237,8 +267,13 @@ def print_row(row: dict | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line on stderr that says what is wrong with the model or the prompts."""
     args = parse(argv)
-    bench = Bench(args)
+    try:
+        bench = Bench(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     facts = card(bench.config, args, bench.ceiling)
     for name, value in facts.items():
         print(f"{name:<36}{value}", flush=True)

@@ -137,6 +137,13 @@ class Steps:
         """Logits of hidden states."""
         return self._decoder(params).unembed(hidden)
 
+    @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
+    def token_logprobs(self, params, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        """Natural log-probability of each target after its hidden state, float32: log_softmax(logits)[targets]."""
+        logits = self._decoder(params).unembed(hidden)  # [B, T, V]
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
     def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk):
         valid = jnp.arange(chunk.token_ids.shape[1])[None, :] < chunk.num_valid[:, None]
         decoder = self._decoder(params)
