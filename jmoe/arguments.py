@@ -14,7 +14,7 @@ from jmoe.config import DTYPES, RuntimeConfig
 if TYPE_CHECKING:
     from jmoe.decoding.sampling import SamplingParams
 
-DEMO_SLOTS = 6
+DEMO_SLOTS = 24
 _SIZE = re.compile(r"\s*(?P<number>[0-9.]+(?:e[0-9]+)?)\s*(?P<unit>[kmgt]i?b|b)?\s*", re.IGNORECASE)
 _SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")  # what generation_config.json may set
 
@@ -45,7 +45,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--model",
         metavar="MODEL",
-        help="converted directory, Hugging Face directory, or hub id organisation/name; default: a tiny random model",
+        help="converted directory, Hugging Face directory, or hub id organisation/name; default: the demo model",
     )
     group.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat it for a batch")
     group.add_argument(
@@ -165,7 +165,7 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
 
 
 def _demo_slots(options: argparse.Namespace) -> int | None:
-    """Few slots for the tiny default model, which would fit as a whole: so that there is something to see."""
+    """Few slots for the demo model, which would fit as a whole: so that there is something to see."""
     return None if options.model or options.runtime or options.device_memory else DEMO_SLOTS
 
 

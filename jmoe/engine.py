@@ -245,7 +245,7 @@ def load(
     progress: Progress | None = None,
     announce: Announce | None = None,
 ) -> Engine:
-    """An engine for a converted directory, a Hugging Face directory or a hub id; None is a tiny random model.
+    """An engine for a converted directory, a Hugging Face directory or a hub id; None is the demo model.
 
     Raises ValueError for a path, an option or a plan that cannot work, RuntimeError for a checkpoint or a machine that
     does not.

@@ -8,11 +8,10 @@ import fcntl
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jmoe import checkpoint, convert, synthetic
+from jmoe import checkpoint, convert
 from jmoe.checkpoint import Progress
 from jmoe.config import ModelConfig
 from jmoe.hf_files import read_json
@@ -20,21 +19,7 @@ from jmoe.model.families import read_hf_config
 
 Announce = Callable[[str], None]
 
-DEFAULT_MODEL = ModelConfig(  # the values of configs/models/tiny.toml, which an installed package does not have
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    moe_intermediate_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_experts=16,
-    num_experts_per_tok=4,
-    norm_topk_prob=True,
-    max_position_embeddings=2048,
-    dtype="float32",
-)
+DEMO = Path(__file__).parent / "demo"  # a Hugging Face checkpoint that comes with jmoe; made by tools/train_demo.py
 _DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # no pickles, no code
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ELSEWHERE = "Or download it elsewhere and name the directory: --model DIRECTORY."
@@ -57,19 +42,18 @@ def resolve(
     announce: Announce | None = None,
     prepare: Callable[[ModelConfig], None] | None = None,
 ) -> Path:
-    """The jmoe checkpoint directory of a model, which is converted, downloaded or made up where that is needed.
+    """The jmoe checkpoint directory of a model, which is converted or downloaded where that is needed.
 
     `model` is a jmoe checkpoint (taken as it is), a Hugging Face directory (converted once, to `dtype` if given), a
-    hub id "organisation/name" (downloaded first), or None: a tiny model of random weights. `announce` gets a line for
+    hub id "organisation/name" (downloaded first), or None: the demo model. `announce` gets a line for
     whatever takes time or disk. `prepare` gets the configuration before anything is converted, since converting starts
     JAX, which reads its settings only then. Raises ValueError for a path without a usable checkpoint, RuntimeError if
     the download fails or the disk is full.
     """
     say, prepare = announce or (lambda line: None), prepare or (lambda config: None)
     if model is None:
-        prepare(DEFAULT_MODEL)
-        return _default_model(progress, say)
-    path = Path(model).expanduser()
+        say(f"no --model: the demo model that comes with jmoe, which writes what looks like Python ({DEMO / 'README.md'})")
+    path = Path(DEMO if model is None else model).expanduser()
     if not path.exists():
         path = _download(str(model), say) if _HUB_ID.fullmatch(str(model)) else _refuse_missing(path)
     if checkpoint.is_checkpoint(path):
@@ -104,19 +88,6 @@ def _require_hugging_face(path: Path) -> None:
             f"{path}: neither a jmoe checkpoint (no {checkpoint.MANIFEST}) nor a Hugging Face one (no config.json); "
             f"it holds {checkpoint.some_of(names, 5)}. Name the directory of a checkpoint."
         )
-
-
-def _default_model(progress: Progress | None, say: Announce) -> Path:
-    key = hashlib.sha256(repr(DEFAULT_MODEL).encode()).hexdigest()[:16]
-    destination = cache_dir() / "checkpoints" / f"tiny-random-{key}"
-    say("no --model: a tiny model of RANDOM weights, whose text is noise; it shows that everything runs, and no more")
-    with _lock(destination):
-        if not checkpoint.is_checkpoint(destination):
-            with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
-                source = Path(scratch) / "hf"
-                synthetic.write_synthetic(DEFAULT_MODEL, source, regime="flat", seed=0)
-                convert.convert_hf(source, destination, progress=progress)
-    return destination
 
 
 def _converted(source: Path, dtype: str | None, progress: Progress | None, say: Announce) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jmoe
-from jmoe import checkpoint
+from jmoe import checkpoint, sources
 from jmoe.config import ModelConfig
 from jmoe.convert import convert_hf
 from jmoe.export import export_hf
@@ -58,6 +58,17 @@ def top_two_margin(logits: np.ndarray) -> float:
 
 
 # The same model
+
+
+def test_the_demo_models_logits_are_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JMOE_CACHE", str(tmp_path / "cache"))
+    source = sources.resolve(None)
+    width = checkpoint.read_config(source).hidden_size
+    pad_experts(source, tmp_path / "padded", 3 * 128 * width * 4, dtype="float32")
+    ids = np.random.default_rng(0).integers(0, 4096, (2, 24)).tolist()
+    runtime = jmoe.RuntimeConfig(expert_slots=16, batch_size=2, max_seq_len=64, dtype="float32", measure_link=False)
+    before, after = (jmoe.load(path, runtime).logits(ids) for path in (source, tmp_path / "padded"))
+    np.testing.assert_array_equal(before, after)
 
 
 def test_experts_are_the_old_ones_then_zeros(original: Path, padded: Path) -> None:

@@ -111,16 +111,11 @@ def test_two_that_come_at_once_convert_once(source: Path, lines: list[str]) -> N
 # The default model
 
 
-def test_the_default_model_is_said_to_be_random(cache: Path, lines: list[str]) -> None:
+def test_the_default_is_the_demo_model(cache: Path, lines: list[str]) -> None:
     path = sources.resolve(None, announce=lines.append)
-    assert checkpoint.read_config(path) == sources.DEFAULT_MODEL
-    assert "RANDOM weights" in lines[0]
+    assert checkpoint.read_config(path) == ModelConfig.from_toml(ROOT / "configs" / "models" / "demo.toml")
+    assert lines[0].startswith("no --model: the demo model")
     assert sources.resolve(None) == path
-    assert [entry.name for entry in path.parent.iterdir() if entry.is_dir()] == [path.name], "the source is removed"
-
-
-def test_the_default_model_is_the_tiny_preset() -> None:
-    assert ModelConfig.from_toml(ROOT / "configs" / "models" / "tiny.toml") == sources.DEFAULT_MODEL
 
 
 # The hub

@@ -14,27 +14,31 @@ tags: [mixture-of-experts, code, qwen3_moe]
 # The demo model of jmoe
 
 A small Mixture-of-Experts language model that was really trained: {millions:.1f} million parameters, of which a token
-uses {active_millions:.1f} million; {num_hidden_layers} layers with {num_experts} experts each, {num_experts_per_tok} a
-token; architecture `qwen3_moe`. It writes text that looks like Python. It is for showing and measuring how experts are
-moved, not for writing programs: what it writes may be wrong in every way.
+uses {active_millions:.1f} million. Architecture `qwen3_moe`, {num_hidden_layers} layers of {num_experts} experts,
+{num_experts_per_tok} of them for a token. It writes text that looks like Python. It is for showing and measuring how
+experts are moved, not for writing programs: what it writes may be wrong in every way.
 
 ## Data and licence
 
-{source}: {num_train_files} files, {train_megabytes:.1f} MB, SHA-256 of the text `{train_sha256}`. Not seen in training:
-{num_held_out_files} files, {held_out_megabytes:.2f} MB (`configs/training/stdlib_held_out.txt`). The text is © Python
-Software Foundation, under the Python Software Foundation License Version 2. The weights are under Apache-2.0, as jmoe.
+{source}, © Python Software Foundation, Python Software Foundation License Version 2:
+{num_train_files} files, {train_megabytes:.1f} MB, SHA-256 of the text
+`{train_sha256}`.
+
+Held out: {num_held_out_files} files, {held_out_megabytes:.2f} MB (`configs/training/stdlib_held_out.txt`). The weights
+are under Apache-2.0, as jmoe is.
 
 ## Quality
 
-Held-out text: **{held_out_bits_per_byte:.3f} bits a byte**, measured in training at its minimum; on any checkpoint by
+Held-out text: **{held_out_bits_per_byte:.3f} bits a byte**, in windows of {sequence_length} tokens that begin anew,
+at the minimum of the training. Of this or any checkpoint:
 
-    python -m tools.eval_lm --stdlib-held-out
+    python -m tools.eval_lm --stdlib-held-out --window {sequence_length}
 
 ## Training
 
 {tokens:.0f} million tokens ({epochs:.1f} times the text), in batches of {batch_size} windows of {sequence_length}.
-AdamW, learning rate {learning_rate} with a cosine, weight decay {weight_decay}; load-balancing loss
-{load_balancing_weight}, router z-loss {router_z_weight}; bfloat16 with float32 masters; seed {seed}. `training.json`
+AdamW, learning rate {learning_rate} with a cosine, weight decay {weight_decay}, load-balancing loss
+{load_balancing_weight}, router z-loss {router_z_weight}, bfloat16 with float32 masters, seed {seed}. `training.json`
 has everything, and
 
     python -m tools.train_demo DESTINATION

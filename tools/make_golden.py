@@ -7,7 +7,8 @@ an environment of its own for it, apart from the project's:
     golden-env/bin/python tools/make_golden.py              # every case
     golden-env/bin/python tools/make_golden.py yarn sliding # some of them
 
-The cases are in tests/golden/cases.toml. Each takes the first seed whose greedy choices and routing are clear of
+`--demo` writes tests/golden/demo.npz, the readings of the trained model in jmoe/demo. The cases are in
+tests/golden/cases.toml. Each takes the first seed whose greedy choices and routing are clear of
 rounding (see `Reading.flaw`), and then shows that its options matter: without them the logits must differ. The same
 versions write the same bytes.
 """
@@ -33,6 +34,8 @@ MIN_MARGIN = 0.01  # of the two best logits, at every greedy step
 MIN_ROUTER_GAP = 5e-5  # between the probabilities of the last expert chosen and the first one not chosen
 MIN_DISTINCT = 16  # different tokens among the NUM_NEW_TOKENS of one prompt
 MIN_EFFECT = 0.1  # largest change of a logit when an option is taken away
+DEMO_PROMPTS = ("def fibonacci(n):", "class Stack:\n    def push(self, item):\n")
+NUM_DEMO_POSITIONS = 4  # the last of a prompt: 4096 logits each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,10 +278,38 @@ def make(case: Case, folder: Path) -> str:
     )
 
 
+def make_demo(checkpoint: Path, file: Path) -> str:
+    """Writes what Hugging Face's tokenizer and model make of two prompts, and returns a line about it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
+    made: dict[str, Any] = {"prompts": np.array(DEMO_PROMPTS)}
+    margins = []
+    for n, prompt in enumerate(DEMO_PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            made[f"logits_{n}"] = model(ids, use_cache=False).logits[0, -NUM_DEMO_POSITIONS:].numpy()
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NUM_NEW_TOKENS,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        best = torch.cat(out.logits).topk(2, dim=-1).values
+        margins.append(float((best[:, 0] - best[:, 1]).min()))
+        made |= {f"token_ids_{n}": ids[0].numpy(), f"generated_{n}": out.sequences[0, ids.shape[1] :].numpy()}
+    if min(margins) < MIN_MARGIN:
+        raise RuntimeError(f"greedy margins {margins}; choose prompts whose answers do not hang on rounding")
+    np.savez_compressed(file, **made, transformers=transformers.__version__, torch=torch.__version__)
+    return f"{file}: margins {[round(margin, 4) for margin in margins]}, {file.stat().st_size // 1000} kB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes tests/golden/<case>/ with Hugging Face's own model.")
     parser.add_argument("names", nargs="*", help="cases to write (default: all)")
     parser.add_argument("--out", type=Path, default=Path("tests/golden"), help="folder of cases.toml (%(default)s)")
+    parser.add_argument("--demo", type=Path, metavar="DIR", help="write demo.npz for the model there: jmoe/demo")
     args = parser.parse_args()
     cases = read_cases(args.out / "cases.toml")
     unknown = sorted(set(args.names) - {case.name for case in cases})
@@ -287,6 +318,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the order of sums, and so the bytes, must not depend on the machine
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.demo:
+        print(make_demo(args.demo, args.out / "demo.npz"))
+        return
     for case in cases:
         if not args.names or case.name in args.names:
             print(make(case, args.out / case.name), flush=True)

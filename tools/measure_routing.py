@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="as python -m jmoe.generate takes it; default: a tiny random model")
+    parser.add_argument("--model", help="as python -m jmoe.generate takes it; default: the demo model")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="documents, UTF-8")
     text.add_argument("--stdlib-held-out", action="store_true", help="held-out files of Python's standard library")

@@ -5,8 +5,9 @@
 What moves and when depends on routing, which stays the model's own, and on the bytes of an expert, which are chosen
 here: so a small trained model can be measured with experts of the size that a large one has.
 
-Every sum has the same terms, and zeros; but a compiler splits a longer sum differently, so logits are equal up to
-rounding and not bit for bit. In float32 that leaves tokens alone; in bfloat16 it may turn a near-tie.
+Every sum has the same terms, and zeros. In float32 the demo model's logits stay the same to the bit; of other widths,
+and for a single row, a compiler may split the longer sum differently, which rounds differently. In bfloat16 that may
+turn a near-tie.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", type=Path, help="directory to make: a jmoe checkpoint")
-    parser.add_argument("--model", help="converted checkpoint, Hugging Face directory or hub id; default: tiny, random")
+    parser.add_argument("--model", help="converted checkpoint, Hugging Face directory or hub id; default: the demo model")
     parser.add_argument("--expert-bytes", type=parse_size, required=True, metavar="SIZE", help="of an expert at least")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: keep them as they are)")
     return parser

@@ -27,7 +27,7 @@ from jmoe.model.tensors import Leaf
 from jmoe.routing_stats import summarize
 from jmoe.training.batches import Batches
 from jmoe.training.config import TrainingConfig
-from jmoe.training.loop import HeldOut, Outcome, fit
+from jmoe.training.loop import Evaluation, HeldOut, Outcome, fit
 from jmoe.training.step import Losses, Params, Trainer
 from tools import demo_card
 from tools.measure_routing import layer_columns, record
@@ -164,11 +164,11 @@ def _train(trainer: Trainer, corpus: Corpus, tokenizer: Tokenizer, work: Path) -
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {float(losses.cross_entropy):.3f}, {tokens_per_s:.3g} tokens/s", refresh=False)
 
-        outcome = fit(trainer, batches, scored, work, report)
-    for evaluation in outcome.evaluations:
-        values = {name: f"{value:.4g}" for name, value in dataclasses.asdict(evaluation).items()}
-        print(*(f"{name} {value}" for name, value in values.items()), sep="  ")
-    return outcome
+        def tell(evaluation: Evaluation) -> None:
+            values = dataclasses.asdict(evaluation).items()
+            tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in values), file=sys.stdout)
+
+        return fit(trainer, batches, scored, work, report, tell)
 
 
 def _encode(tokenizer: Tokenizer, texts: Mapping[str, str]) -> list[np.ndarray]:
@@ -263,7 +263,7 @@ def write_checkpoint(
 
 def _json_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.token_to_id(START))
-    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+    sampling = {"do_sample": True, "temperature": 0.3, "top_p": 0.95}
     return {
         "config.json": families.to_hf_config(config) | ids,
         "generation_config.json": ids | {"pad_token_id": ids["eos_token_id"]} | sampling,

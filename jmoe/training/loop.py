@@ -93,10 +93,17 @@ class _Point:
         )
 
 
-def fit(trainer: Trainer, batches: Batches, held_out: HeldOut, directory: Path, report: Report) -> Outcome:
+def fit(
+    trainer: Trainer,
+    batches: Batches,
+    held_out: HeldOut,
+    directory: Path,
+    report: Report,
+    tell: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> Outcome:
     """Trains to the held-out minimum, or goes on from the last checkpoint in `directory`.
 
-    Raises ValueError if that checkpoint is of another training, RuntimeError if the loss is no longer a number.
+    `report` hears of the steps, `tell` of each evaluation. Raises ValueError if that checkpoint is of another training, RuntimeError if the loss is no longer a number.
     """
     _same_training(directory / "training.json", trainer, batches)
     speeds: list[float] = []
@@ -104,6 +111,7 @@ def fit(trainer: Trainer, batches: Batches, held_out: HeldOut, directory: Path, 
         point = _restore(manager, trainer)
         while not point.is_over(trainer):
             point = _until_evaluation(trainer, batches, held_out, point, report, speeds)
+            tell(point.evaluations[-1])
             step = int(point.state.step)
             if step % trainer.training.checkpoint_every < trainer.training.eval_every or point.is_over(trainer):
                 _save(manager, point)

@@ -1,256 +1,44 @@
-"""The decode form of the expert MLP: one Mosaic GPU kernel that reads each weight of the groups asked for once.
+"""The decode form of the expert MLP as Mosaic GPU kernels: which of the two forms does these shapes here."""
 
-Bound by device memory. A group is cut into items of four hidden units: their rows of gate, up and down, which need
-nothing of the other units. Warpgroups take items in turn, each through a ring of its own (gate, up and down of one
-item): TMA brings a tile, the products are float32 sums of products, and the next item's tile takes its place at once.
-Every block keeps one float32 sum of what its units add to y; the blocks' sums are added up after the kernel.
-
-Which warpgroup has which item depends on the number of groups asked for and on nothing else, and all orders are fixed:
-the same groups give the same bits wherever their weights lie and whatever other groups nobody asks for.
-"""
-
-import dataclasses
-import math
+from types import ModuleType
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-COLUMNS = 256  # of a tile: the most elements of one dimension of a TMA box
-ITEM_ROWS = 4  # hidden units of an item: one for each warp of a warpgroup
-MAX_ROWS = 4  # of x: the float32 units can multiply that often by a weight while the next arrives
-WARP, WARPGROUP = 32, 128  # threads
-VECTOR_BYTES = 16  # the widest load of a thread
-SHARED_BYTES = 224 * 1024  # of a block; 227 KiB less what Mosaic takes for barriers
-REGISTERS = 65536  # of a multiprocessor
-DTYPES = ("bfloat16", "float16", "float32")
+from kernels_pallas.expert_mlp import mosaic_gpu_fma, mosaic_gpu_wgmma
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How many blocks run, and the most warpgroups in each. Raises ValueError for less than one."""
-
-    num_blocks: int = 132  # multiprocessors of an H200: one block on each
-    max_warpgroups: int = 4
-
-    def __post_init__(self) -> None:
-        if self.num_blocks < 1 or self.max_warpgroups < 1:
-            raise ValueError(
-                f"expert_mlp: num_blocks={self.num_blocks} and max_warpgroups={self.max_warpgroups} must be at least 1"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """T rows of x, F hidden units, width D = num_tiles * COLUMNS."""
-
-    num_rows: int
-    num_hidden: int
-    width: int
-    itemsize: int
-
-    @property
-    def num_tiles(self) -> int:
-        return self.width // COLUMNS
-
-    @property
-    def items_per_group(self) -> int:
-        return self.num_hidden // ITEM_ROWS
-
-    @property
-    def lane_vector(self) -> int:
-        """Elements that a thread loads at once."""
-        return min(VECTOR_BYTES // self.itemsize, COLUMNS // WARP)
-
-    @property
-    def strided_vector(self) -> int:
-        """The same where a warpgroup shares one row."""
-        return math.gcd(VECTOR_BYTES // self.itemsize, self.width // WARPGROUP)
-
-    def shared_bytes(self, num_warpgroups: int) -> int:
-        ring = 3 * ITEM_ROWS * self.width * self.itemsize
-        rows = self.num_rows * self.width
-        return num_warpgroups * ring + rows * self.itemsize + (num_warpgroups - 1) * rows * 4 + 2048
-
-    @property
-    def registers(self) -> int:
-        """Of a thread, roughly: the sums of y, those of gate and up, and what it works with."""
-        return self.num_rows * (self.width // WARPGROUP + 2 * self.lane_vector) + 40
-
-    def num_warpgroups(self, most: int) -> int:
-        """The most that fit into a multiprocessor, 0 if none does."""
-        fits = [
-            n
-            for n in range(1, most + 1)
-            if self.shared_bytes(n) <= SHARED_BYTES and self.registers <= min(255, REGISTERS // (n * WARPGROUP))
-        ]
-        return max(fits, default=0)
+FEW_ROWS = 2  # of x, up to which the one kernel without tensor cores is the faster form
+MAX_ROWS = mosaic_gpu_wgmma.MAX_ROWS
 
 
 def problem(x, slots) -> str | None:
-    """Why these shapes and dtypes cannot be done, or None. Takes arrays or anything that has their shape and dtype."""
-    num_rows, (_, _, num_hidden, width) = x.shape[0], slots.shape
-    if x.dtype != slots.dtype or x.dtype.name not in DTYPES:
-        return f"x {x.dtype} and slots {slots.dtype} must be one of {', '.join(DTYPES)}, the same for both"
-    if not 1 <= num_rows <= MAX_ROWS:
-        return f"{num_rows} rows of x are not 1 to {MAX_ROWS}"
-    if width % COLUMNS or num_hidden % ITEM_ROWS:
-        return f"D={width} must be a multiple of {COLUMNS} and F={num_hidden} of {ITEM_ROWS}"
-    if not Shape(num_rows, num_hidden, width, x.dtype.itemsize).num_warpgroups(1):
-        return f"{num_rows} rows of D={width} {x.dtype} do not fit into a multiprocessor"
-    return None
+    """Why neither form can do these shapes and dtypes, or None. Takes anything that has their shape and dtype."""
+    if form(x, slots):
+        return None
+    return f"{mosaic_gpu_fma.problem(x, slots)}; with tensor cores: {_wgmma_problem(x, slots)}"
 
 
-def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(), interpret=None):
-    shape = Shape(x.shape[0], slots.shape[2], x.shape[1], x.dtype.itemsize)
-    num_warpgroups = shape.num_warpgroups(config.max_warpgroups)
-    per_row = (shape.num_tiles, COLUMNS)
-    sums = (max(1, num_warpgroups - 1), shape.num_rows, *per_row) if num_warpgroups > 1 else (1,)
-    kernel = plgpu.kernel(
-        _kernel(shape, config.num_blocks, num_warpgroups, group_slots.shape[0]),
-        out_type=jax.ShapeDtypeStruct((config.num_blocks, shape.num_rows, *per_row), jnp.float32),
-        grid=(config.num_blocks,),
-        grid_names=("block",),
-        num_threads=num_warpgroups,
-        thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((num_warpgroups, 3, ITEM_ROWS, *per_row), x.dtype),
-            plgpu.SMEM((shape.num_rows, *per_row), x.dtype),
-            plgpu.SMEM((num_warpgroups, shape.num_rows, ITEM_ROWS), jnp.float32),
-            plgpu.SMEM(sums, jnp.float32),
-            plgpu.Barrier(num_barriers=3 * num_warpgroups),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=max(1, num_warpgroups - 1)),
-        ],
-        interpret=interpret,
-    )
-    weights = group_weights.astype(jnp.float32)
-    asked = weights[:, 0] if shape.num_rows == 1 else jnp.max(jnp.abs(weights), axis=1)
-    rows = slots.reshape(slots.shape[0], 3 * shape.num_hidden, *per_row)
-    parts = kernel(group_slots.astype(jnp.int32), asked, weights, x.reshape(shape.num_rows, *per_row), rows)
-    return jnp.sum(parts, axis=0).reshape(x.shape)
+def form(x, slots) -> ModuleType | None:
+    """The form that is faster among those that can do it."""
+    can = []
+    if mosaic_gpu_fma.problem(x, slots) is None:
+        can.append(mosaic_gpu_fma)
+    if _wgmma_problem(x, slots) is None:
+        can.append(mosaic_gpu_wgmma)
+    return (can[0] if x.shape[0] <= FEW_ROWS else can[-1]) if can else None
 
 
-def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int):
-    """The kernel body; see the module's docstring."""
-    num_workers = num_blocks * num_warpgroups
-    num_rows, num_tiles = shape.num_rows, shape.num_tiles
-    vector = shape.lane_vector
-    # A warp has a row of [ITEM_ROWS, COLUMNS], its threads have `vector` neighbouring columns each.
-    by_rows = plgpu.Layout.TILED(
-        plgpu.Tiling(((ITEM_ROWS, WARP * vector), (vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-    )
-    strided = plgpu.Layout.WG_STRIDED((num_tiles, COLUMNS), shape.strided_vector)
+def _wgmma_problem(x, slots) -> str | None:
+    capability = getattr(jax.devices()[0], "compute_capability", None)  # none on a CPU, where kernels are interpreted
+    if capability is not None and int(float(capability)) != 9:
+        return f"compute capability {capability} is not 9 (Hopper), which alone has these instructions"
+    return mosaic_gpu_wgmma.problem(x, slots)
 
-    def body(group_slots, asked, weights, x, slots, out, tiles, x_here, hidden, sums, arrived, x_arrived, summed):
-        # group_slots, asked [G], weights [G, T]; x [T, n, 256]; slots [R, 3F, n, 256]; out [num_blocks, T, n, 256]
-        # shared memory: tiles [warpgroups, 3, ITEM_ROWS, n, 256], x_here [T, n, 256], hidden [warpgroups, T, ITEM_ROWS],
-        # sums [warpgroups - 1, T, n, 256]
-        block, mine = lax.axis_index("block"), lax.axis_index("warpgroup")
-        worker = mine * num_blocks + block
 
-        def is_asked(group: int):
-            return (asked[group] != 0.0).astype(jnp.int32)
-
-        def place(i):
-            """Group, slot and first hidden unit of the i-th item of this warpgroup."""
-            item = i * num_workers + worker
-            rank = lax.div(item, shape.items_per_group)
-            seen = group = jnp.int32(0)
-            for g in range(num_groups):
-                this = is_asked(g)
-                group = jnp.where((this == 1) & (seen == rank), jnp.int32(g), group)
-                seen = seen + this
-            return group, group_slots[group], lax.rem(item, shape.items_per_group) * ITEM_ROWS
-
-        def load(part: int, at) -> None:
-            _, slot, unit = at
-            plgpu.copy_gmem_to_smem(
-                slots.at[slot, pl.ds(part * shape.num_hidden + unit, ITEM_ROWS)],
-                tiles.at[mine, part],
-                arrived.at[mine * 3 + part],
-            )
-
-        def arrive(part: int) -> None:
-            plgpu.barrier_wait(arrived.at[mine * 3 + part])
-
-        def dots():
-            """x @ gate.T and x @ up.T for the units of an item: for each row of x a pair of [ITEM_ROWS]."""
-            totals = [[jnp.float32(0), jnp.float32(0)] for _ in range(num_rows)]
-            for column in range(num_tiles):
-                both = [
-                    plgpu.load(tiles.at[mine, part, :, column], (), layout=by_rows).astype(jnp.float32)
-                    for part in (0, 1)
-                ]
-                for row in range(num_rows):
-                    x_row = plgpu.load(x_here.at[row, column], (), layout=by_rows.reduce(0)).astype(jnp.float32)
-                    x_rows = plgpu.layout_cast(
-                        lax.broadcast_in_dim(x_row, (ITEM_ROWS, COLUMNS), (1,)), by_rows
-                    )
-                    for part in (0, 1):
-                        totals[row][part] = totals[row][part] + x_rows * both[part]
-            return [[jnp.sum(total, axis=1) for total in pair] for pair in totals]
-
-        def down(totals):
-            new = list(totals)
-            for unit in range(ITEM_ROWS):
-                kernel_row = plgpu.load(tiles.at[mine, 2, unit], (), layout=strided).astype(jnp.float32)
-                for row in range(num_rows):
-                    new[row] = new[row] + hidden[mine, row, unit] * kernel_row
-            return new
-
-        def turn(i, state):
-            group, here, y = state[0], state[1:4], list(state[4:])
-            del here
-            more = i + 1 < num_mine
-            there = place(i + 1)
-            arrive(0)
-            arrive(1)
-            for row, (gate, up) in enumerate(dots()):
-                hidden[mine, row] = gate * lax.logistic(gate) * up * weights[group, row]
-            plgpu.commit_smem()  # the next tiles overwrite what has just been read
-            pl.when(more)(lambda: (load(0, there), load(1, there)) and None)
-            arrive(2)
-            y = down(y)
-            plgpu.commit_smem()
-            pl.when(more)(lambda: load(2, there))
-            return (there[0], *there, *y)
-
-        num_items = sum(is_asked(g) for g in range(num_groups)) * shape.items_per_group
-        num_mine = lax.div(num_items - worker + num_workers - 1, num_workers)
-        first = place(0)
-
-        @pl.when(num_mine > 0)
-        def _():
-            for part in range(3):
-                load(part, first)
-
-        @pl.when(mine == 0)
-        def _():
-            plgpu.copy_gmem_to_smem(x, x_here, x_arrived)
-
-        plgpu.barrier_wait(x_arrived)
-        zeros = [plgpu.layout_cast(jnp.zeros((num_tiles, COLUMNS), jnp.float32), strided) for _ in range(num_rows)]
-        y = lax.fori_loop(0, num_mine, turn, (first[0], *first, *zeros))[4:]
-
-        if num_warpgroups > 1:
-
-            @pl.when(mine > 0)
-            def _():
-                for row in range(num_rows):
-                    sums[mine - 1, row] = y[row]
-                plgpu.barrier_arrive(summed)
-
-        @pl.when(mine == 0)
-        def _():
-            if num_warpgroups > 1:
-                plgpu.barrier_wait(summed)
-            for row in range(num_rows):
-                total = y[row]
-                for other in range(num_warpgroups - 1):
-                    total = total + plgpu.load(sums.at[other, row], (), layout=strided)
-                out[block, row] = total
-
-    return body
+def expert_mlp(x, slots, group_slots, group_weights):
+    """Raises NotImplementedError where `problem` has an answer."""
+    chosen = form(x, slots)
+    if chosen is None:
+        raise NotImplementedError(
+            f"expert_mlp: mosaic_gpu cannot do this: {problem(x, slots)}; use implementation='reference'"
+        )
+    return chosen.expert_mlp(x, slots, group_slots, group_weights)

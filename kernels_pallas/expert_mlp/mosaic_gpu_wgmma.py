@@ -9,6 +9,7 @@ Which warpgroup has which tile depends on the number of groups asked for and on 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.expert_mlp.asked import AskedGroups
+from kernels_pallas.expert_mlp.asked import asked_list
 
 M = 64  # rows of the left operand of one tensor core instruction
 CHUNK = 128  # columns of gate and up in a tile of the first kernel: what is multiplied at once
@@ -26,11 +27,12 @@ MAX_ROWS = 32  # of x
 MAX_STAGES = 8
 SHARED_BYTES = 224 * 1024
 DTYPES = ("bfloat16", "float16")
-TRANSFORMS = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
-# [M / 2, N] for a warpgroup: a warp has two rows of 16 columns at a time.
-UNITS = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 16), (2, 16), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+TRANSFORMS = (
+    plgpu.TilingTransform((8, SWIZZLE // 2)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(SWIZZLE),  # pyright: ignore[reportAbstractUsage]
 )
+# [M / 2, N] for a warpgroup: a warp has four rows of 8 columns at a time.
+UNITS = plgpu.Layout.TILED(plgpu.Tiling(((16, 8), (4, 8), (1,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class Config:
 
 
 def num_columns(num_rows: int) -> int:
-    """N, the rows of x filled up to what the second kernel can read."""
-    return 16 if num_rows <= 16 else 32
+    """N, the rows of x filled up to what the tensor cores take."""
+    return -(-num_rows // 8) * 8
 
 
 def gate_up_stages(num_rows: int, width: int, num_warpgroups: int) -> int:
@@ -73,54 +75,57 @@ def problem(x, slots) -> str | None:
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
 def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(), interpret=None):
     (num_rows, width), num_hidden = x.shape, slots.shape[2]
     columns = num_columns(num_rows)
     weights = jnp.pad(group_weights.astype(jnp.float32), ((0, 0), (0, columns - num_rows)))
-    asked = jnp.max(jnp.abs(weights), axis=1)
+    groups, group_slots = asked_list(group_slots, group_weights)
     padded = jnp.pad(x, ((0, columns - num_rows), (0, 0)))
     chunks = padded.reshape(columns, width // CHUNK, CHUNK).transpose(1, 0, 2)  # [D / CHUNK, N, CHUNK]
     rows = slots.reshape(slots.shape[0], 3 * num_hidden, width)
-    group_slots = group_slots.astype(jnp.int32)
-    hidden = _gate_up(chunks, rows, group_slots, asked, weights, config, interpret)
-    parts = _down(hidden, rows, group_slots, asked, config, interpret)
+    hidden = _gate_up(chunks, rows, groups, group_slots, weights, config, interpret)
+    parts = _down(hidden, rows, group_slots, config, interpret)
     return jnp.sum(parts, axis=0).T[:num_rows]
 
 
-def _gate_up(x, slots, group_slots, asked, weights, config: Config, interpret):
-    """[G, F, N], the hidden values times their weights. What nobody asked for is left as it was."""
+def _span(n, size: int):
+    """The n-th `size` elements, known to the compiler to be aligned."""
+    return pl.ds(n * size if isinstance(n, int) else pl.multiple_of(n * size, size), size)
+
+
+def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
+    """[G, N, F], the hidden values of the n-th group asked for times its weights; nothing beyond those is written."""
     num_chunks, columns, _ = x.shape
-    num_hidden, num_groups = slots.shape[1] // 3, group_slots.shape[0]
+    num_hidden, num_groups = slots.shape[1] // 3, weights.shape[0]
     fits = [n for n in range(1, config.max_warpgroups + 1) if gate_up_stages(columns, slots.shape[2], n) >= 3]
     num_warpgroups = max(fits, default=1)
     num_stages = min(gate_up_stages(columns, slots.shape[2], num_warpgroups), num_chunks)
     num_workers = config.num_blocks * num_warpgroups
     num_units = M // 2  # of an item: their gates and ups make the rows of one product
 
-    def body(group_slots, asked, weights, x, slots, out, tiles, x_here, both, arrived, x_arrived):
-        # group_slots, asked [G], weights [G, N]; x [n, N, CHUNK]; slots [R, 3F, D]; out [G, F, N]
+    def body(groups, group_slots, weights, x, slots, out, tiles, x_here, both, arrived, x_arrived):
+        # groups, group_slots [G + 1], weights [G, N]; x [n, N, CHUNK]; slots [R, 3F, D]; out [G, N, F]
         # shared memory: tiles [warpgroups, stages, M, CHUNK], x_here [n, N, CHUNK], both [warpgroups, M, N]
         mine = lax.axis_index("warpgroup")
         worker = mine * config.num_blocks + lax.axis_index("block")
-        groups = AskedGroups(asked, group_slots, num_groups)
         per_group = num_hidden // num_units
 
         def place(i):
-            """Group, slot and first hidden unit of the i-th item of this warpgroup."""
+            """Group (as a place in the list) and part of it of the i-th item of this warpgroup."""
             item = i * num_workers + worker
-            group, slot = groups.at(lax.div(item, per_group))
-            return group, slot, lax.rem(item, per_group) * num_units
+            return lax.div(item, per_group), lax.rem(item, per_group)
 
         def load(at, chunk, stage) -> None:
-            _, slot, unit = at
+            group, unit = at
             for part in (0, 1):
                 plgpu.copy_gmem_to_smem(
-                    slots.at[slot, pl.ds(part * num_hidden + unit, num_units), pl.ds(chunk * CHUNK, CHUNK)],
+                    slots.at[group_slots[group], _span(part * per_group + unit, num_units), _span(chunk, CHUNK)],
                     tiles.at[mine, stage, pl.ds(part * num_units, num_units)],
                     arrived.at[mine * num_stages + stage],
                 )
 
-        num_items = groups.count() * per_group
+        num_items = groups[num_groups] * per_group
         num_mine = lax.div(num_items - worker + num_workers - 1, num_workers)
 
         def turn(i, here):
@@ -148,13 +153,13 @@ def _gate_up(x, slots, group_slots, asked, weights, config: Config, interpret):
 
                 return acc[...]
 
-            both[mine] = pl.run_scoped(products, plgpu.ACC((M, columns), jnp.float32))
-            group, _, unit = here
-            gate, up = (plgpu.load(both.at[mine, pl.ds(n, num_units)], (), layout=UNITS) for n in (0, num_units))
-            weight = plgpu.load(weights.at[group], (), layout=UNITS.reduce(0))
+            both[mine] = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((M, columns), jnp.float32))
+            group, unit = here
+            gate, up = (plgpu.load(both.at[mine, pl.ds(n, num_units)], layout=UNITS) for n in (0, num_units))
+            weight = plgpu.load(weights.at[groups[group]], layout=UNITS.reduce(0), optimized=False)
             weight = plgpu.layout_cast(lax.broadcast_in_dim(weight, (num_units, columns), (1,)), UNITS)
             value = gate * lax.logistic(gate) * up * weight
-            out[group, pl.ds(unit, num_units)] = value.astype(out.dtype)
+            out.at[group, :, _span(unit, num_units)].transpose((1, 0))[...] = value.astype(out.dtype)
             return there
 
         first = place(0)
@@ -173,7 +178,7 @@ def _gate_up(x, slots, group_slots, asked, weights, config: Config, interpret):
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((num_groups, num_hidden, columns), x.dtype),
+        out_type=jax.ShapeDtypeStruct((num_groups, columns, num_hidden), x.dtype),
         grid=(config.num_blocks,),
         grid_names=("block",),
         num_threads=num_warpgroups,
@@ -186,37 +191,36 @@ def _gate_up(x, slots, group_slots, asked, weights, config: Config, interpret):
             plgpu.Barrier(),
         ],
         interpret=interpret,
-    )(group_slots, asked, weights, x, slots)
+    )(groups, group_slots, weights, x, slots)
 
 
-def _down(hidden, slots, group_slots, asked, config: Config, interpret):
+def _down(hidden, slots, group_slots, config: Config, interpret):
     """[splits, D, N]: y transposed, as a sum over the first axis."""
-    num_groups, num_hidden, columns = hidden.shape
+    num_groups, columns, num_hidden = hidden.shape
     width = slots.shape[2]
     num_warpgroups, num_stages = config.max_warpgroups, 5
     num_tiles = width // DOWN_COLUMNS
     num_splits = max(1, config.num_blocks * num_warpgroups // num_tiles)
     num_blocks = -(-num_splits * num_tiles // num_warpgroups)
 
-    def body(group_slots, asked, hidden, slots, out, tiles, values, arrived):
-        # group_slots, asked [G]; hidden [G, F, N]; slots [R, 3F, D]; out [splits, D, N]
-        # shared memory: tiles [warpgroups, stages, DOWN_ROWS, DOWN_COLUMNS], values [warpgroups, stages, DOWN_ROWS, N]
+    def body(group_slots, hidden, slots, out, tiles, values, arrived):
+        # group_slots [G + 1]; hidden [G, N, F]; slots [R, 3F, D]; out [splits, D, N]
+        # shared memory: tiles [warpgroups, stages, DOWN_ROWS, DOWN_COLUMNS], values [warpgroups, stages, N, DOWN_ROWS]
         mine = lax.axis_index("warpgroup")
         worker = mine * num_blocks + lax.axis_index("block")
-        split, column = lax.div(worker, num_tiles), lax.rem(worker, num_tiles) * DOWN_COLUMNS
-        groups = AskedGroups(asked, group_slots, num_groups)
+        split = lax.div(worker, num_tiles)
+        columns_of_d = _span(lax.rem(worker, num_tiles), DOWN_COLUMNS)
         per_group = num_hidden // DOWN_ROWS
-        num_mine = lax.div(groups.count() * per_group - split + num_splits - 1, num_splits)
+        num_mine = lax.div(group_slots[num_groups] * per_group - split + num_splits - 1, num_splits)
         num_mine = jnp.where(split < num_splits, num_mine, 0)  # the last block may have a warpgroup too many
 
         def load(i, stage) -> None:
             item = i * num_splits + split
-            group, slot = groups.at(lax.div(item, per_group))
-            unit = lax.rem(item, per_group) * DOWN_ROWS
+            group, unit = lax.div(item, per_group), lax.rem(item, per_group)
             at = arrived.at[mine * num_stages + stage]
-            rows = pl.ds(2 * num_hidden + unit, DOWN_ROWS)
-            plgpu.copy_gmem_to_smem(slots.at[slot, rows, pl.ds(column, DOWN_COLUMNS)], tiles.at[mine, stage], at)
-            plgpu.copy_gmem_to_smem(hidden.at[group, pl.ds(unit, DOWN_ROWS)], values.at[mine, stage], at)
+            rows = _span(2 * per_group + unit, DOWN_ROWS)
+            plgpu.copy_gmem_to_smem(slots.at[group_slots[group], rows, columns_of_d], tiles.at[mine, stage], at)
+            plgpu.copy_gmem_to_smem(hidden.at[group, :, _span(unit, DOWN_ROWS)], values.at[mine, stage], at)
 
         for stage in range(num_stages):
             pl.when(stage < num_mine)(lambda stage=stage: load(stage, stage))
@@ -226,7 +230,7 @@ def _down(hidden, slots, group_slots, asked, config: Config, interpret):
             def _(i):
                 stage = lax.rem(i, num_stages)
                 plgpu.barrier_wait(arrived.at[mine * num_stages + stage])
-                plgpu.wgmma(acc, tiles.at[mine, stage].transpose((1, 0)), values.at[mine, stage])
+                plgpu.wgmma(acc, tiles.at[mine, stage].transpose((1, 0)), values.at[mine, stage].transpose((1, 0)))
                 plgpu.wgmma_wait(1)
                 plgpu.commit_smem()  # all warps are done with the tile before this one: its place is free
 
@@ -236,13 +240,12 @@ def _down(hidden, slots, group_slots, asked, config: Config, interpret):
 
             return acc[...]
 
-        y = pl.run_scoped(products, plgpu.ACC((DOWN_COLUMNS, columns), jnp.float32))
+        y = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((DOWN_COLUMNS, columns), jnp.float32))
 
         @pl.when(split < num_splits)
         def _():
-            out[split, pl.ds(column, DOWN_COLUMNS)] = y
+            out[split, columns_of_d] = y
 
-    values_transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * 2))
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((num_splits, width, columns), jnp.float32),
@@ -252,8 +255,8 @@ def _down(hidden, slots, group_slots, asked, config: Config, interpret):
         thread_name="warpgroup",
         scratch_types=[
             plgpu.SMEM((num_warpgroups, num_stages, DOWN_ROWS, DOWN_COLUMNS), slots.dtype, transforms=TRANSFORMS),
-            plgpu.SMEM((num_warpgroups, num_stages, DOWN_ROWS, columns), slots.dtype, transforms=values_transforms),
+            plgpu.SMEM((num_warpgroups, num_stages, columns, DOWN_ROWS), slots.dtype, transforms=TRANSFORMS),
             plgpu.Barrier(num_barriers=num_warpgroups * num_stages, num_arrivals=2),
         ],
         interpret=interpret,
-    )(group_slots, asked, hidden, slots)
+    )(group_slots, hidden, slots)

@@ -82,4 +82,12 @@ SPECS: tuple[ExpertMlpSpec, ...] = (
     ExpertMlpSpec(
         name="gpt_oss_20b_like_decode", num_slots=16, num_hidden=2880, width=2880, num_rows=1, group_sizes=(1,) * 4
     ),
+    dataclasses.replace(_QWEN3_30B, name="float16", dtype="float16"),
+    dataclasses.replace(_QWEN3_30B, name="two_rows", num_rows=2, group_sizes=(2, *(1,) * 14)),
+    dataclasses.replace(_QWEN3_30B, name="two_rows_empty_groups", num_rows=2, group_sizes=(0, 2, 0, 1, 1, 0)),
+    dataclasses.replace(_BATCH_OF_4, name="batch_of_4_float32", dtype="float32"),
+    dataclasses.replace(_QWEN3_30B, name="batch_of_8", num_rows=8, group_sizes=(4, 3, 2, *(1,) * 47, *(0,) * 14)),
+    dataclasses.replace(_QWEN3_30B, name="batch_of_16", num_rows=16, group_sizes=_falling(64, 16)),
+    dataclasses.replace(_QWEN3_30B, name="batch_of_32", num_rows=32, group_sizes=(*range(1, 33), *range(32))),
+    dataclasses.replace(_QWEN3_30B, name="batch_of_33", num_rows=33, group_sizes=(33, 1, 0, 20)),
 )

@@ -1,0 +1,264 @@
+"""The expert MLP for very few rows: one Mosaic GPU kernel that reads each weight of the groups asked for once.
+
+Bound by device memory. A group is cut into items of four hidden units: their rows of gate, up and down, which need
+nothing of the other units. Warpgroups take items in turn, each through a ring of its own (gate, up and down of one
+item): TMA brings a tile, the products are float32 sums of products, and the next item's tile takes its place at once.
+Every block keeps one float32 sum of what its units add to y; the blocks' sums are added up after the kernel.
+
+Which warpgroup has which item depends on the number of groups asked for and on nothing else, and all orders are fixed:
+the same groups give the same bits wherever their weights lie and whatever other groups nobody asks for.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.expert_mlp.asked import AskedGroups
+
+COLUMNS = 256  # of a tile: the most elements of one dimension of a TMA box
+ITEM_ROWS = 4  # hidden units of an item: one for each warp of a warpgroup
+MAX_ROWS = 4  # of x: the float32 units can multiply that often by a weight while the next arrives
+WARP, WARPGROUP = 32, 128  # threads
+VECTOR_BYTES = 16  # the widest load of a thread
+SHARED_BYTES = 224 * 1024  # of a block; 227 KiB less what Mosaic takes for barriers
+REGISTERS = 65536  # of a multiprocessor
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How many blocks run, and the most warpgroups in each. Raises ValueError for less than one."""
+
+    num_blocks: int = 132  # multiprocessors of an H200: one block on each
+    max_warpgroups: int = 4
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 1 or self.max_warpgroups < 1:
+            raise ValueError(
+                f"expert_mlp: num_blocks={self.num_blocks} and max_warpgroups={self.max_warpgroups} must be at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """T rows of x, F hidden units, width D = num_tiles * COLUMNS."""
+
+    num_rows: int
+    num_hidden: int
+    width: int
+    itemsize: int
+
+    @property
+    def num_tiles(self) -> int:
+        return self.width // COLUMNS
+
+    @property
+    def items_per_group(self) -> int:
+        return self.num_hidden // ITEM_ROWS
+
+    @property
+    def lane_vector(self) -> int:
+        """Elements that a thread loads at once."""
+        return min(VECTOR_BYTES // self.itemsize, COLUMNS // WARP)
+
+    @property
+    def strided_vector(self) -> int:
+        """The same where a warpgroup shares one row."""
+        return math.gcd(VECTOR_BYTES // self.itemsize, self.width // WARPGROUP)
+
+    @property
+    def unroll(self) -> int:
+        """Tiles whose products are one stretch of code: enough to hide loads, few enough to compile fast."""
+        return math.gcd(self.num_tiles, max(1, 8 // self.num_rows))
+
+    def shared_bytes(self, num_warpgroups: int) -> int:
+        ring = 3 * ITEM_ROWS * self.width * self.itemsize
+        rows = self.num_rows * self.width
+        return num_warpgroups * ring + rows * self.itemsize + (num_warpgroups - 1) * rows * 4 + 2048
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, roughly: the sums of y, those of gate and up, and what it works with."""
+        return self.num_rows * (self.width // WARPGROUP + 2 * self.lane_vector) + 40
+
+    def num_warpgroups(self, most: int) -> int:
+        """The most that fit into a multiprocessor, 0 if none does."""
+        fits = [
+            n
+            for n in range(1, most + 1)
+            if self.shared_bytes(n) <= SHARED_BYTES and self.registers <= min(255, REGISTERS // (n * WARPGROUP))
+        ]
+        return max(fits, default=0)
+
+
+def problem(x, slots) -> str | None:
+    """Why these shapes and dtypes cannot be done, or None. Takes arrays or anything that has their shape and dtype."""
+    num_rows, (_, _, num_hidden, width) = x.shape[0], slots.shape
+    if x.dtype != slots.dtype or x.dtype.name not in DTYPES:
+        return f"x {x.dtype} and slots {slots.dtype} must be one of {', '.join(DTYPES)}, the same for both"
+    if not 1 <= num_rows <= MAX_ROWS:
+        return f"{num_rows} rows of x are not 1 to {MAX_ROWS}"
+    if width % COLUMNS or num_hidden % ITEM_ROWS:
+        return f"D={width} must be a multiple of {COLUMNS} and F={num_hidden} of {ITEM_ROWS}"
+    if not Shape(num_rows, num_hidden, width, x.dtype.itemsize).num_warpgroups(1):
+        return f"{num_rows} rows of D={width} {x.dtype} do not fit into a multiprocessor"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
+def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(), interpret=None):
+    shape = Shape(x.shape[0], slots.shape[2], x.shape[1], x.dtype.itemsize)
+    num_warpgroups = shape.num_warpgroups(config.max_warpgroups)
+    row = (shape.num_tiles, COLUMNS)
+    kernel = plgpu.kernel(
+        _kernel(shape, config.num_blocks, num_warpgroups, group_slots.shape[0]),
+        out_type=jax.ShapeDtypeStruct((config.num_blocks, shape.num_rows, *row), jnp.float32),
+        grid=(config.num_blocks,),
+        grid_names=("block",),
+        num_threads=num_warpgroups,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((num_warpgroups, 3, ITEM_ROWS, *row), x.dtype),
+            plgpu.SMEM((shape.num_rows, *row), x.dtype),
+            plgpu.SMEM((num_warpgroups, shape.num_rows, ITEM_ROWS), jnp.float32),
+            plgpu.SMEM((num_warpgroups - 1, shape.num_rows, *row) if num_warpgroups > 1 else (1,), jnp.float32),
+            plgpu.Barrier(num_barriers=3 * num_warpgroups),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=max(1, num_warpgroups - 1)),
+        ],
+        interpret=interpret,
+    )
+    weights = group_weights.astype(jnp.float32)
+    asked = weights[:, 0] if shape.num_rows == 1 else jnp.max(jnp.abs(weights), axis=1)
+    rows = slots.reshape(slots.shape[0], 3 * shape.num_hidden, *row)
+    parts = kernel(group_slots.astype(jnp.int32), asked, weights, x.reshape(shape.num_rows, *row), rows)
+    return jnp.sum(parts, axis=0).reshape(x.shape)
+
+
+def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int):
+    """The kernel body; see the module's docstring."""
+    num_workers = num_blocks * num_warpgroups
+    num_rows, num_tiles = shape.num_rows, shape.num_tiles
+    strided = plgpu.Layout.WG_STRIDED((num_tiles, COLUMNS), shape.strided_vector)
+
+    def body(group_slots, asked, weights, x, slots, out, tiles, x_here, hidden, sums, arrived, x_arrived, summed):
+        # group_slots, asked [G], weights [G, T]; x [T, n, 256]; slots [R, 3F, n, 256]; out [num_blocks, T, n, 256]
+        # shared memory: tiles [warpgroups, 3, 4, n, 256], x_here [T, n, 256], hidden [warpgroups, T, 4],
+        # sums [warpgroups - 1, T, n, 256]; arrived [3 warpgroups]
+        block, mine = lax.axis_index("block"), lax.axis_index("warpgroup")
+        worker = mine * num_blocks + block
+        groups = AskedGroups(asked, group_slots, num_groups)
+
+        def place(i):
+            """Group, slot and first hidden unit of the i-th item of this warpgroup."""
+            item = i * num_workers + worker
+            group, slot = groups.at(lax.div(item, shape.items_per_group))
+            return group, slot, lax.rem(item, shape.items_per_group) * ITEM_ROWS
+
+        def load(part: int, at) -> None:
+            _, slot, unit = at
+            rows = pl.ds(part * shape.num_hidden + unit, ITEM_ROWS)
+            plgpu.copy_gmem_to_smem(slots.at[slot, rows], tiles.at[mine, part], arrived.at[mine * 3 + part])
+
+        num_items = groups.count() * shape.items_per_group
+        num_mine = lax.div(num_items - worker + num_workers - 1, num_workers)
+
+        def turn(i, state):
+            (group, _slot, _unit), y = state
+            more, there = i + 1 < num_mine, place(i + 1)
+            plgpu.barrier_wait(arrived.at[mine * 3])
+            plgpu.barrier_wait(arrived.at[mine * 3 + 1])
+            for row, (gate, up) in enumerate(_dots(shape, x_here, tiles.at[mine, 0], tiles.at[mine, 1])):
+                hidden[mine, row] = gate * lax.logistic(gate) * up * weights[group, row]
+            plgpu.commit_smem()  # all warps have read the tiles: the next ones may take their place
+
+            @pl.when(more)
+            def _():
+                load(0, there)
+                load(1, there)
+
+            plgpu.barrier_wait(arrived.at[mine * 3 + 2])
+            for unit in range(ITEM_ROWS):
+                down = plgpu.load(tiles.at[mine, 2, unit], layout=strided).astype(jnp.float32)
+                y = [y[row] + hidden[mine, row, unit] * down for row in range(num_rows)]
+            plgpu.commit_smem()
+            pl.when(more)(lambda: load(2, there))
+            return there, y
+
+        first = place(0)
+
+        @pl.when(num_mine > 0)
+        def _():
+            for part in range(3):
+                load(part, first)
+
+        @pl.when(mine == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(x, x_here, x_arrived)
+
+        plgpu.barrier_wait(x_arrived)
+        zero = plgpu.layout_cast(jnp.zeros((num_tiles, COLUMNS), jnp.float32), strided)
+        y = lax.fori_loop(0, num_mine, turn, (first, [zero] * num_rows))[1]
+
+        if num_warpgroups > 1:
+            _send_sums(y, sums, summed, mine)
+
+        @pl.when(mine == 0)
+        def _():
+            if num_warpgroups > 1:
+                plgpu.barrier_wait(summed)
+            for row in range(num_rows):
+                total = y[row]
+                for other in range(num_warpgroups - 1):
+                    total = total + plgpu.load(sums.at[other, row], layout=strided)
+                out[block, row] = total
+
+    return body
+
+
+def _send_sums(y, sums, summed, mine) -> None:
+    """From all warpgroups to the first."""
+
+    @pl.when(mine > 0)
+    def _():
+        for row, total in enumerate(y):
+            sums[mine - 1, row] = total
+        plgpu.barrier_arrive(summed)
+
+
+def _dots(shape: Shape, x, gate, up):
+    """For each row of x its products with the rows of gate and of up, two times [ITEM_ROWS]."""
+    # A warp has one row of [ITEM_ROWS, COLUMNS], its threads have `lane_vector` neighbouring columns each.
+    by_rows = plgpu.Layout.TILED(
+        plgpu.Tiling(((ITEM_ROWS, WARP * shape.lane_vector), (shape.lane_vector,))),
+        warp_dims=(-3,),
+        lane_dims=(-2,),
+        vector_dim=-1,
+    )
+    tile = (ITEM_ROWS, COLUMNS)
+
+    def add(column, totals):
+        totals = list(totals)
+        kernels = [plgpu.load(part.at[:, column], layout=by_rows).astype(jnp.float32) for part in (gate, up)]
+        for row in range(shape.num_rows):
+            x_row = plgpu.load(x.at[row, column], layout=by_rows.reduce(0)).astype(jnp.float32)
+            x_rows = plgpu.layout_cast(lax.broadcast_in_dim(x_row, tile, (1,)), by_rows)
+            for part in (0, 1):
+                totals[2 * row + part] += x_rows * kernels[part]
+        return totals
+
+    def add_some(n, totals):
+        for column in range(shape.unroll):
+            totals = add(n * shape.unroll + column, totals)
+        return totals
+
+    zero = plgpu.layout_cast(jnp.zeros(tile, jnp.float32), by_rows)
+    totals = lax.fori_loop(0, shape.num_tiles // shape.unroll, add_some, [zero] * (2 * shape.num_rows))
+    totals = [jnp.sum(total, axis=1) for total in totals]
+    return list(zip(totals[0::2], totals[1::2], strict=True))
