@@ -263,7 +263,7 @@ def write_checkpoint(
 
 def _json_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.token_to_id(START))
-    sampling = {"do_sample": True, "temperature": 0.3, "top_p": 0.95}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
     return {
         "config.json": families.to_hf_config(config) | ids,
         "generation_config.json": ids | {"pad_token_id": ids["eos_token_id"]} | sampling,
