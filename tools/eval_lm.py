@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     window = engine.plan.max_seq_len - 1
     return {
-        "model": options.model or "random",
+        "model": options.model or "demo",
         "dtype": engine.config.dtype,
         "window": window,
         "stride": options.stride or window,
