@@ -1,0 +1,40 @@
+"""tools/profile_decode.py: how kernels are added up. The trace itself needs a GPU, and says so without one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import profile_decode
+from tools.profile_decode import Kernel, report, scope_of, totals
+
+TINY = str(Path(__file__).parent.parent / "configs" / "models" / "tiny.toml")
+
+
+@pytest.mark.parametrize(
+    ("path", "scope"),
+    [
+        ("jit(decode)/while/body/attention/dot_general", "attention"),
+        ("jit(decode)/while/body/experts/jit(expert_mlp)/pallas_call custom-call.3", "experts"),
+        ("jit(decode)/while/body/attention/router/mul", "router"),
+        ("jit(decode)/while/body/attention_like/mul", "other"),
+        ("", "other"),
+    ],
+)
+def test_the_scope_is_the_last_that_is_known(path: str, scope: str) -> None:
+    assert scope_of(path) == scope
+
+
+def test_times_and_counts_are_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [Kernel("a", "admit", 0, 3000), Kernel("b", "fetch", 4000, 5000), Kernel("a", "admit", 9000, 1000)]
+    rows = totals(((kernel.scope, kernel) for kernel in made), steps=2)
+    assert rows == [{"name": "fetch", "us": 2.5, "count": 0.5}, {"name": "admit", "us": 2.0, "count": 1.0}]
+    report(made, 2, longest=1)
+    out = capsys.readouterr().out
+    assert "2 steps, 5.0 us each, a kernel running in 4.5 us of them" in out
+    assert json.loads(out.splitlines()[-1])["scopes"] == rows
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_decode.main(["--config", TINY, "--layers", "1", "--steps", "2", "--prompt-tokens", "8"]) == 2
+    assert "is there a GPU?" in capsys.readouterr().err

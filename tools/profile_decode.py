@@ -1,0 +1,160 @@
+"""Where the time of a decode step goes, kernel by kernel: python -m tools.profile_decode --config … --layers 12
+
+Runs decode calls under jax's profiler and adds up what the device did: time and kernels a step by the named scope of
+the code (attention, router, admit, fetch, experts, head, sample), the longest kernels, and how long none ran.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jmoe import memory
+from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.engine import Engine
+from tools.random_weights import random_weights
+from tools.workload import Lengths, random_workload
+
+SCOPES = ("attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
+OTHER = "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One execution on the device: times in nanoseconds."""
+
+    name: str
+    scope: str
+    start_ns: float
+    duration_ns: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="configs/models/*.toml; weights are random")
+    parser.add_argument("--layers", type=int, help="number of decoder layers, if not the configuration's")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the experts that have a slot")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=32, help="decode steps to profile")
+    parser.add_argument("--longest", type=int, default=25, help="how many kernels to name")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="keep the profiler's trace there")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = ModelConfig.from_toml(options.config)
+    config = dataclasses.replace(config, num_hidden_layers=options.layers) if options.layers else config
+    memory.configure_backend(config)
+    runtime = RuntimeConfig(
+        expert_slots=max(config.num_experts_per_tok, round(options.share * config.num_experts)),
+        batch_size=options.batch_size,
+        max_seq_len=options.prompt_tokens + 2 * options.steps + 2,
+        decode_chunk=options.steps,
+        measure_link=False,
+    )
+    engine = Engine.start(config, runtime, lambda: random_weights(config, "flat", 0))
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = options.trace or Path(scratch)
+        steps = profile(engine, options, directory)
+        report(list(kernels(directory)), steps, options.longest)
+
+
+def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
+    """Decodes under the profiler; the number of steps in the trace."""
+    constant = Lengths.constant
+    requests = random_workload(
+        engine.config.vocab_size,
+        num_requests=options.batch_size,
+        prompt_tokens=constant(options.prompt_tokens),
+        new_tokens=constant(1 + 2 * options.steps),
+        seed=0,
+    )
+    sampling = SamplingParams(max_new_tokens=1 + 2 * options.steps, temperature=1.0, ignore_eos=True)
+    generation = iter(engine.generate([list(request.prompt_ids) for request in requests], sampling))
+    seen = 0
+    for delta in generation:  # the prompt, and the first calls
+        seen += delta.index == 0 and len(delta.token_ids)
+        if seen > options.steps // 2:
+            break
+    with jax.profiler.trace(str(directory)):
+        return sum(len(delta.token_ids) for delta in generation if delta.index == 0)
+
+
+def kernels(directory: Path) -> Iterator[Kernel]:
+    """What ran on the device, from the newest trace below `directory`. Raises RuntimeError if there is none."""
+    files = sorted(directory.rglob("*.xplane.pb"))
+    if not files:
+        raise RuntimeError(f"{directory}: the profiler left no trace there")
+    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                yield from (_kernel(event) for event in line.events)
+
+
+def _kernel(event: Any) -> Kernel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the profiler's own bindings
+        stats = {str(name): str(value) for name, value in event.stats}
+    path = " ".join(stats.get(name, "") for name in ("name", "tf_op", "hlo_op", "long_name"))
+    return Kernel(event.name, scope_of(path), event.start_ns, event.duration_ns)
+
+
+def scope_of(path: str) -> str:
+    """The named scope in an operation's path, jit(decode)/while/body/attention/…: the last that is known."""
+    named = [part for part in re.split(r"[/ ]", path) if part in SCOPES]
+    return named[-1] if named else OTHER
+
+
+def report(found: Sequence[Kernel], steps: int, longest: int) -> None:
+    """Prints a line a scope, the longest kernels, and one line of JSON last."""
+    if not found or not steps:
+        raise RuntimeError(f"{len(found)} kernels and {steps} steps in the trace; expected some: is there a GPU?")
+    rows = totals(((kernel.scope, kernel) for kernel in found), steps)
+    span_us = (max(k.start_ns + k.duration_ns for k in found) - min(k.start_ns for k in found)) / steps / 1e3
+    busy_us = sum(row["us"] for row in rows)
+    print(f"{steps} steps, {span_us:.1f} us each, a kernel running in {busy_us:.1f} us of them")
+    print(f"{'scope':<12}{'us/step':>10}{'kernels':>10}{'us each':>10}")
+    for row in rows:
+        print(f"{row['name']:<12}{row['us']:>10.1f}{row['count']:>10.1f}{row['us'] / row['count']:>10.2f}")
+    for row in totals(((f"{kernel.scope} {kernel.name}", kernel) for kernel in found), steps)[:longest]:
+        print(f"  {row['us']:>8.1f} us {row['count']:>6.1f} x {row['us'] / row['count']:>7.2f}  {row['name'][:100]}")
+    print(json.dumps({"steps": steps, "span_us": span_us, "busy_us": busy_us, "scopes": rows}))
+
+
+def totals(named: Iterable[tuple[str, Kernel]], steps: int) -> list[dict[str, Any]]:
+    """Microseconds and executions a step by name, the longest first."""
+    times: dict[str, float] = collections.defaultdict(float)
+    counts: collections.Counter[str] = collections.Counter()
+    for name, kernel in named:
+        times[name] += kernel.duration_ns
+        counts[name] += 1
+    order = sorted(times, key=lambda name: -times[name])
+    return [{"name": name, "us": times[name] / steps / 1e3, "count": counts[name] / steps} for name in order]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
