@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmoe.config import ModelConfig, RuntimeConfig
     from jmoe.decoding.sampling import SamplingParams
-    from jmoe.engine import Engine, load
+    from jmoe.engine import Engine
     from jmoe.generation import Completion, Delta, Generation
+    from jmoe.loading import load
     from jmoe.stats import GenerationStats
 
 __all__ = [
@@ -27,7 +28,7 @@ _HOMES = {
     "RuntimeConfig": "config",
     "SamplingParams": "decoding.sampling",
     "Engine": "engine",
-    "load": "engine",
+    "load": "loading",
     "Completion": "generation",
     "Delta": "generation",
     "Generation": "generation",

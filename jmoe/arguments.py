@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmoe.config import DTYPES, RuntimeConfig
+from jmoe.config import DTYPES, RESIDENCY_POLICIES, RuntimeConfig
 
 if TYPE_CHECKING:
     from jmoe.decoding.sampling import SamplingParams
@@ -83,6 +83,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="prompts at a time; default: all of them")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a prompt and its answer together")
     group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken in at a time")
+    group.add_argument("--residency-policy", choices=RESIDENCY_POLICIES, help="which experts keep their slots")
     group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     group.add_argument("--implementation", metavar="NAME", help='"reference": plain JAX instead of the kernels')
     group.add_argument("--runtime", type=Path, metavar="FILE", help="TOML with such settings; options override it")
@@ -158,6 +159,7 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         "max_seq_len": options.max_seq_len,
         "prefill_chunk": options.prefill_chunk,
         "dtype": options.dtype,
+        "residency_policy": options.residency_policy,
         "implementation": options.implementation,
         "measure_link": False if options.no_link_test else None,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 DTYPES = ("float32", "bfloat16", "float16")
+RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
@@ -36,7 +37,7 @@ def _from_mapping[T](cls: type[T], values: Mapping[str, Any], source: str) -> T:
 
 
 def read_toml[T](cls: type[T], path: str | Path) -> T:
-    """An object of this dataclass from a TOML file. Raises ValueError for a malformed file, an unknown key or a value."""
+    """An object of this dataclass from TOML. Raises ValueError for what is malformed, unknown or out of range."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a TOML configuration (see configs/)")
@@ -180,7 +181,8 @@ class RuntimeConfig:
     `expert_slots` is the number of device slots of each MoE layer (num_experts_per_tok … num_experts); `staging_slots`
     are shared by all layers. `device_memory_bytes` and `host_memory_bytes` bound what the plan may use. `dtype`
     overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the kernels. `decode_chunk` is
-    the most tokens that one call of the jitted step produces.
+    the most tokens that one call of the jitted step produces. `record_routing` keeps which experts every token went to,
+    see `Generation.trace`. `residency_policy` names what decides which experts keep their slots (docs/residency.md).
     """
 
     expert_slots: int | None = None
@@ -194,6 +196,8 @@ class RuntimeConfig:
     dtype: str | None = None
     implementation: str | None = None
     measure_link: bool = True
+    record_routing: bool = False
+    residency_policy: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_slots", "staging_slots", "device_memory_bytes", "host_memory_bytes", "max_seq_len"):
@@ -207,6 +211,11 @@ class RuntimeConfig:
             f'implementation={self.implementation!r} must be "reference", or absent for the fastest that runs here',
         )
         _require(self.dtype is None or self.dtype in DTYPES, f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        _require(
+            self.residency_policy is None or self.residency_policy in RESIDENCY_POLICIES,
+            f"residency_policy={self.residency_policy!r} is not one of {', '.join(RESIDENCY_POLICIES)}; "
+            "choose one of them, or leave it out for the best",
+        )
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

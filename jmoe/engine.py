@@ -9,16 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe import checkpoint, memory, sources
+from jmoe import memory
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.step import DecodeState, Steps, init_state
+from jmoe.experts.experience import Experience, num_bytes
+from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
-from jmoe.hf_files import read_json
 from jmoe.model.families import trunk_shapes
-from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from jmoe.tokenizer import Tokenizer
 from kernels_pallas import backends
 from kernels_pallas.expert_mlp import api as expert_mlp_api
 from kernels_pallas.fetch import api as fetch_api
@@ -40,7 +41,8 @@ class Engine:
     """A model in memory. Make it with `jmoe.load` or, for weights that are already there, `Engine.start`.
 
     One generation runs at a time. `config` is the model, `plan` says where bytes went, `link_ceiling_gbps` is the
-    measured speed of plain copies to the device (None if not measured).
+    measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
+    unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it).
     """
 
     def __init__(
@@ -54,14 +56,19 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         generation_defaults: dict[str, Any] | None = None,
         link_ceiling_gbps: float | None = None,
+        fingerprint: str = "",
+        experience_file: Path | None = None,
         announce: Announce | None = None,
     ):
         self.config, self.runtime, self.plan, self.steps, self.weights = config, runtime, plan, steps, weights
         self.tokenizer = tokenizer
         self.generation_defaults = generation_defaults or {}
         self.link_ceiling_gbps = link_ceiling_gbps
+        self.fingerprint = fingerprint
         self.announce = announce or (lambda line: None)
         self.compiled: set[Hashable] = set()  # the shapes of generation that were compiled
+        kept_in = None if plan.layout.all_resident else experience_file
+        self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
         self._slots: ExpertSlots | None = self._fill_slots()
 
     @classmethod
@@ -83,7 +90,9 @@ class Engine:
         ceiling = memory.measure_link_gbps() if runtime.measure_link else None
         if ceiling:
             say(f"link ceiling {ceiling:.1f} GB/s (plain copies, pinned host to device)")
-        steps = Steps(config, plan.layout, runtime.implementation)
+        policy = runtime.residency_policy or DEFAULT_POLICY
+        say(_policy_line(policy, runtime, plan))
+        steps = Steps(config, plan.layout, runtime.implementation, record=runtime.record_routing, policy=policy)
         weights = make_weights()
         return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, announce=announce, **details)
 
@@ -211,10 +220,14 @@ class Engine:
 
     def give_back(self, state: DecodeState) -> None:
         """Takes the slots back. A step that was interrupted has consumed them: then they are filled anew."""
-        self._slots = self._fill_slots() if state.experts.is_deleted() else state.experts
+        deleted = state.experts.is_deleted()
+        self._slots = self._fill_slots() if deleted else self._experience.finish(state.experts)
 
     def _fill_slots(self) -> ExpertSlots:
-        return init_slots(self.weights.store, self.plan.layout, implementation=self.steps.implementation)
+        store, steps = self.weights.store, self.steps
+        return self._experience.restore(
+            init_slots(store, self.plan.layout, implementation=steps.implementation, policy=steps.policy)
+        )
 
 
 def _device_line(runtime: RuntimeConfig) -> str:
@@ -227,6 +240,14 @@ def _device_line(runtime: RuntimeConfig) -> str:
     return f"device {jax.devices()[0].device_kind}; kernels: {kernels}{why}"
 
 
+def _policy_line(policy: str, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
+    layout, chosen = plan.layout, "" if runtime.residency_policy else ", chosen automatically"
+    if layout.all_resident:
+        return "residency policy: none is needed, every expert is resident"
+    size = num_bytes(policy, layout.num_layers, layout.num_experts)
+    return f"residency policy {policy} ({memory.format_bytes(size)} of device memory{chosen})"
+
+
 def plan_for(config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int) -> memory.MemoryPlan:
     """The memory plan on this machine, as it is now."""
     host_limit, pinned_limit = memory.host_available_bytes(), memory.pinned_limit_bytes()
@@ -236,59 +257,3 @@ def plan_for(config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int) -
     return memory.plan_memory(
         config, runtime, trunk_bytes=trunk_bytes, device_limit_bytes=device_limit, host_limit_bytes=host_limit
     )
-
-
-def load(
-    model: str | Path | None = None,
-    runtime: RuntimeConfig = RuntimeConfig(),
-    *,
-    progress: Progress | None = None,
-    announce: Announce | None = None,
-) -> Engine:
-    """An engine for a converted directory, a Hugging Face directory or a hub id; None is the demo model.
-
-    Raises ValueError for a path, an option or a plan that cannot work, RuntimeError for a checkpoint or a machine that
-    does not.
-    """
-
-    def as_run(config: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(config, dtype=runtime.dtype or config.dtype)
-
-    path = sources.resolve(
-        model, progress=progress, announce=announce, prepare=lambda config: memory.configure_backend(as_run(config))
-    )
-    config = as_run(checkpoint.read_config(path))
-    memory.enable_compilation_cache(sources.cache_dir() / "compiled")
-    return Engine.start(
-        config,
-        runtime,
-        lambda: load_weights(path, config, progress),
-        announce=announce,
-        tokenizer=_tokenizer(path, announce),
-        generation_defaults=_generation_defaults(path),
-    )
-
-
-def _tokenizer(path: Path, announce: Announce | None) -> Tokenizer | None:
-    if (path / TOKENIZER_FILE).is_file():
-        return load_tokenizer(path)
-    if announce:
-        announce(f"{path} has no {TOKENIZER_FILE}: prompts must be token ids")
-    return None
-
-
-def _generation_defaults(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    return read_json(file) if file.is_file() else {}
-
-
-def load_weights(path: Path, config: ModelConfig, progress: Progress | None = None) -> Weights:
-    """Restores the trunk to the device and the experts, a layer at a time, to pinned host memory."""
-    report = progress or (lambda phase, done, total: None)
-    params = checkpoint.load_trunk(path, config, memory.device_sharding())
-    layers = []
-    for layer in config.moe_layers:
-        layers.append(checkpoint.load_experts(path, config, layer, memory.host_sharding()))
-        jax.block_until_ready(layers[-1])
-        report("loading experts", len(layers) * layers[0].nbytes, config.store_bytes)
-    return Weights(params, ExpertStore(tuple(layers)))

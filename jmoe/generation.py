@@ -11,9 +11,10 @@ import numpy as np
 
 from jmoe import memory
 from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
-from jmoe.decoding.step import Chunk, DecodeState, Emitted
+from jmoe.decoding.step import Chunk, DecodeState, Emitted, Routed
 from jmoe.stats import ExpertCounts, GenerationStats, read_counts
 from jmoe.tokenizer import TextStream
+from jmoe.traces import Recording, Trace
 
 if TYPE_CHECKING:
     from jmoe.engine import Engine
@@ -110,7 +111,8 @@ class Generation:
             _Sequence(n, prompt, TextStream(tokenizer, request.stop) if tokenizer else None)
             for n, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
-        self._clock = _Clock()
+        records = engine.runtime.record_routing
+        self._clock = _Clock(Recording(engine.config, engine.fingerprint) if records else None)
         self._iterator = _run(engine, self._sequences, requests, self._clock)
 
     def __iter__(self) -> Iterator[Delta]:
@@ -134,6 +136,13 @@ class Generation:
             sequence.completion(() if request.ignore_eos else self._engine.eos_ids)
             for sequence, request in zip(self._sequences, self._requests, strict=True)
         ]
+
+    @property
+    def trace(self) -> Trace:
+        """The routing of all tokens that were computed so far. Raises RuntimeError if none is recorded."""
+        if self._clock.recording is None:
+            raise RuntimeError("routing is not recorded; start the engine with RuntimeConfig(record_routing=True)")
+        return self._clock.recording.trace()
 
     @property
     def stats(self) -> GenerationStats:
@@ -180,9 +189,10 @@ def _run_batch(
 
 
 class _Clock:
-    """Times and counts, summed over the batches of a generation, and whether anybody watches it run."""
+    """Times and counts, summed over the batches of a generation, its routing, and whether anybody watches it run."""
 
-    def __init__(self):
+    def __init__(self, recording: Recording | None):
+        self.recording = recording
         self.is_live = True
         self.compile_s = self.ttft_s = 0.0
         self.num_prompt_tokens = self.num_decode_tokens = 0
@@ -220,9 +230,12 @@ class _Batch:
         prompts = [sequence.prompt for sequence in self.sequences]
         return prompt_chunks(prompts, self.engine.plan.prefill_chunk)
 
-    def _prefill(self, chunk: Chunk) -> None:
+    def _prefill(self, chunk: Chunk) -> Routed | None:
         weights, steps = self.engine.weights, self.engine.steps
-        self.state = steps.prefill(weights.params, weights.store, self.state, chunk, self.sampling, mode=self.mode)
+        self.state, routed = steps.prefill(
+            weights.params, weights.store, self.state, chunk, self.sampling, mode=self.mode
+        )
+        return routed
 
     def _decode(self, num_steps: int) -> Emitted:
         weights, steps = self.engine.weights, self.engine.steps
@@ -235,7 +248,7 @@ class _Batch:
     def prefill(self) -> Iterator[Delta]:
         start = time.perf_counter()
         for chunk in self._chunks():
-            self._prefill(chunk)
+            self._record(jax.device_get(self._prefill(chunk)), is_prefill=True)
         state = self.state
         tokens, logprobs, done = jax.device_get((state.last_tokens, state.last_logprobs, state.done))
         self.clock.ttft_s = self.clock.ttft_s or time.perf_counter() - start
@@ -247,12 +260,19 @@ class _Batch:
         emitted = self._decode(self._num_steps(capacity) if self.clock.is_live else capacity)
         emitted, done = jax.device_get((emitted, self.state.done))  # together: one wait
         num_steps = int(emitted.num_steps)
+        self._record(jax.tree.map(lambda steps: steps[:num_steps], emitted.routed), is_prefill=False)
         tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
         took = time.perf_counter() - start
         self._step_s = took / max(1, num_steps)
         self.clock.decode_calls.append((num_steps, took))
         self.clock.num_decode_tokens += int((tokens != NO_TOKEN).sum())
         yield from self._hand_out(tokens, logprobs, done)
+
+    def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
+        if routed is not None and self.clock.recording is not None:
+            requests = [sequence.index for sequence in self.sequences]
+            ids, weights = np.asarray(routed.expert_ids), np.asarray(routed.combine_weights)
+            self.clock.recording.add(ids, weights, requests, is_prefill=is_prefill)
 
     def _num_steps(self, capacity: int) -> int:
         """As many steps as fill LIVE_S at the pace of the last call; one to begin with."""

@@ -52,7 +52,7 @@ def resolve(
     """
     say, prepare = announce or (lambda line: None), prepare or (lambda config: None)
     if model is None:
-        say(f"no --model: the demo model that comes with jmoe, which writes what looks like Python ({DEMO / 'README.md'})")
+        say(f"no --model: the demo model that comes with jmoe; it writes what looks like Python ({DEMO / 'README.md'})")
     path = Path(DEMO if model is None else model).expanduser()
     if not path.exists():
         path = _download(str(model), say) if _HUB_ID.fullmatch(str(model)) else _refuse_missing(path)

@@ -32,6 +32,15 @@ def test_each_spec_has_a_row_with_its_bound(capsys: pytest.CaptureFixture[str]) 
     assert sum(line.startswith(("one_group", "single")) for line in lines) == 2
 
 
+def test_attention_has_rows_with_the_bytes_that_it_sees(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main([*FAST, "--ops", "decode_attention", "--specs", "not_valid"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    num_bytes = 2 * (300 // 64 + 1 + 1023 // 64 + 1) * 4 * 128 * 2
+    assert row["gbps"] == pytest.approx(num_bytes / row["us"] / 1e3)
+    assert (row["op"], row["implementation"]) == ("decode_attention", "reference")
+    assert 0 <= row["error"] < 2e-2
+
+
 def test_an_unknown_spec_is_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_kernels.main(["--ops", "fetch", "--specs", "qwen3_31b"]) == 2
     error = capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_every_layer_uses_at_least_half_of_its_experts(facts: dict) -> None:
 
 
 def test_it_predicts_python_it_has_not_seen() -> None:
-    """A few kilobytes of held-out text, much of it prose; the card's figure is of all of it. Chance: 12 bits a token."""
+    """A few kilobytes of it, much of them prose; the card's figure is of all. Chance is 12 bits a token."""
     text = read_files(stdlib_root(), held_out=True)["heapq.py"][:6000]
     score = evaluate(load(24), [text])
     assert score.bits_per_byte < 2

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from jmoe import convert, synthetic
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.step import Steps, forward_resident
-from jmoe.engine import Engine, Weights, load
+from jmoe.engine import Engine, Weights
 from jmoe.evaluation import Score, cut_windows, document_start, evaluate
+from jmoe.loading import load
 from jmoe.synthetic import byte_tokenizer
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer
 from tests import models

@@ -169,7 +169,7 @@ def test_a_profile_is_written(run, tmp_path: Path) -> None:
 
 def test_the_default_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--prompt", "Hello", "--max-new-tokens", "1", "--no-link-test"]) == 0
-    assert "RANDOM weights" in capsys.readouterr().err
+    assert "no --model: the demo model" in capsys.readouterr().err
 
 
 # Prompts

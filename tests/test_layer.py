@@ -20,7 +20,7 @@ from jmoe.experts.residency import NONE
 from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.model.router import Routing
-from tests.twin import Twin
+from tests.twin import Twin, TwinLRU
 
 E, A, F, D, NUM_LAYERS = 8, 2, 8, 16, 2
 KINDS = ("random", "one_expert", "everything", "random", "masked", "no_token", "random", "random")
@@ -59,7 +59,7 @@ def offloaded(num_slots: int, admits: bool):
 
     @jax.jit
     def run(store: ExpertStore, slots: ExpertSlots, xs, routings):
-        experts = OffloadedExperts(store, slots, layout(num_slots), admits=admits)
+        experts = OffloadedExperts(store, slots, layout(num_slots), admits=admits, policy="lru")
         carry, ys = experts.start(), []
         for n in range(NUM_LAYERS):
             y, carry = experts(n, xs[n], routings[n], carry)
@@ -82,7 +82,7 @@ def resident():
 
 def start(num_slots: int) -> ExpertSlots:
     """Staging slots are NaN: nothing may be read from them before it was put there."""
-    slots = init_slots(store(), layout(num_slots))
+    slots = init_slots(store(), layout(num_slots), policy="lru")
     return dataclasses.replace(slots, staging=jnp.full_like(slots.staging, np.nan))
 
 
@@ -92,6 +92,7 @@ def start(num_slots: int) -> ExpertSlots:
 def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admits: bool, num_rows: int) -> None:
     rng = np.random.default_rng(num_rows)
     slots, twins = start(num_slots), [Twin.filled(num_slots) for _ in range(NUM_LAYERS)]
+    policy = TwinLRU(NUM_LAYERS, E)
     counts = np.zeros((3, NUM_LAYERS), int)  # hits, fetched, streamed
     for clock, kind in enumerate(KINDS):
         xs = [jnp.asarray(rng.normal(size=(num_rows, D)), jnp.float32) for _ in range(NUM_LAYERS)]
@@ -99,20 +100,27 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
         ys, slots = offloaded(num_slots, admits)(store(), slots, xs, routings)
         for y, expected in zip(ys, resident()(xs, routings), strict=True):
             np.testing.assert_allclose(y, expected, atol=2e-6 * max(1, np.abs(expected).max()))
-        for n, (twin, routing) in enumerate(zip(twins, routings, strict=True)):
-            counts[:, n] += count(twin, asked(routing), clock, admits)
+        used = [tokens(routing) for routing in routings]
+        for n, twin in enumerate(twins):
+            value = policy.value(n, used[n], clock) if admits else None
+            counts[:, n] += count(twin, asked(routings[n]), value)
+        policy.update(used, clock)
         assert np.asarray(slots.residency.layers.owner).tolist() == [twin.owner for twin in twins]
     used = slots.residency.decode if admits else slots.residency.prefill
     unused = slots.residency.prefill if admits else slots.residency.decode
     np.testing.assert_array_equal([used.hits, used.fetched, used.streamed], counts)
     assert not np.any(jax.tree.leaves(unused))
-    assert int(slots.residency.clock) == len(KINDS)
+    assert int(slots.residency.clock) == (len(KINDS) if admits else 0)
     assert_slots_hold_their_owners(slots)
 
 
-def count(twin: Twin, needed: set[int], clock: int, admits: bool) -> tuple[int, int, int]:
+def tokens(routing: Routing) -> list[int]:
+    return [int((np.asarray(routing.expert_ids) == expert).sum()) for expert in range(E)]
+
+
+def count(twin: Twin, needed: set[int], value: list[int] | None) -> tuple[int, int, int]:
     num_hits = len(needed & twin.resident)
-    num_fetched = len(twin.admit(needed, clock)) if admits else 0
+    num_fetched = len(twin.admit(needed, value)) if value else 0
     return num_hits, num_fetched, len(needed) - num_hits - num_fetched
 
 

@@ -19,16 +19,18 @@ ROWS = (
     ("jmoe.evaluation",),
     ("jmoe.engine",),
     ("jmoe.decoding", "jmoe.sources"),
+    ("jmoe.experts.draft",),
     ("jmoe.experts.layer", "jmoe.convert", "jmoe.export", "jmoe.synthetic"),
     ("jmoe.hf_files",),
     ("jmoe.checkpoint",),
-    ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer"),
+    ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer", "jmoe.traces"),
     ("jmoe.model", "jmoe.experts"),
     ("kernels_pallas",),
     ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats"),
 )
 PART_OF = {
     "jmoe.generation": "jmoe.engine",
+    "jmoe.loading": "jmoe.engine",
     "jmoe.arguments": "jmoe.generate",
 }  # modules that are one unit with another
 RANKS = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}
@@ -174,7 +176,7 @@ def test_a_wrong_arrow_is_found(module: str, source: str, expected: str) -> None
             "jmoe.experts.slots",
             "from . import store\nfrom jmoe.config import RuntimeConfig\nimport kernels_pallas.fetch",
         ),
-        ("jmoe", "from jmoe.engine import load\nfrom .config import RuntimeConfig"),
+        ("jmoe", "from jmoe.loading import load\nfrom .config import RuntimeConfig"),
         ("jmoe.memory", "kind = sharding(memory_kind='pinned_host')"),
         ("kernels_pallas.fetch.api", '"""In `pinned_host` memory."""\nimport jax.experimental.pallas\nimport numpy'),
         ("tools.make_golden", "import torch\nimport jmoe"),

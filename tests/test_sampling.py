@@ -16,6 +16,7 @@ from jmoe.decoding.sampling import (
     batch_sampling,
     sample,
     sampling_mode,
+    token_logprobs,
     truncate,
 )
 
@@ -211,3 +212,11 @@ def test_parameters_that_make_no_sense_are_refused(option: dict, message: str) -
 def test_one_stop_string_need_not_be_a_tuple() -> None:
     stop = functools.partial(SamplingParams, stop="end")().stop  # a string, as a caller without types writes it
     assert stop == ("end",)
+
+
+def test_token_logprobs_are_the_log_of_softmax() -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32) * 3
+    tokens = np.array([[0, 4, 2], [1, 1, 3]])
+    odds = np.exp(logits.astype(np.float64))
+    wanted = np.log(np.take_along_axis(odds / odds.sum(-1, keepdims=True), tokens[..., None], -1)[..., 0])
+    np.testing.assert_allclose(token_logprobs(jnp.asarray(logits), jnp.asarray(tokens)), wanted, rtol=1e-5)

@@ -12,7 +12,7 @@ from jmoe.model.router import Routing
 from jmoe.training.batches import Batches
 from jmoe.training.config import TrainingConfig
 from jmoe.training.loop import HeldOut, fit
-from jmoe.training.losses import load_balancing_loss, router_z_loss, token_nats
+from jmoe.training.losses import load_balancing_loss, router_z_loss
 from jmoe.training.step import Trainer, init_params
 from tests.models import SMALL
 
@@ -38,14 +38,6 @@ def held_out(length: int = TRAINING.sequence_length) -> HeldOut:
 
 def quiet(step, losses, tokens_per_s) -> None:
     pass
-
-
-def test_token_nats_are_minus_the_log_of_softmax() -> None:
-    logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32) * 3
-    targets = np.array([[0, 4, 2], [1, 1, 3]])
-    odds = np.exp(logits.astype(np.float64))
-    wanted = -np.log(np.take_along_axis(odds / odds.sum(-1, keepdims=True), targets[..., None], -1)[..., 0])
-    np.testing.assert_allclose(token_nats(jnp.asarray(logits), jnp.asarray(targets)), wanted, rtol=1e-5)
 
 
 def routing(expert_ids, logits) -> Routing:

@@ -27,11 +27,13 @@ from jmoe import checkpoint, memory, sources
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.step import Steps, init_state
-from jmoe.engine import Engine, load_weights, plan_for
+from jmoe.engine import Engine, plan_for
+from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.experts.residency import init_residency
 from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import prompt_chunks
+from jmoe.loading import load_weights
 from jmoe.tokenizer import load_tokenizer
 from tools.random_weights import random_weights
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
@@ -58,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--staging-slots", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true", help="leave out the row with no slots")
+    parser.add_argument("--residency-policy", choices=POLICIES, help="default: the engine's")
     parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
     args = parser.parse_args(argv)
     if args.config and args.prompts:
@@ -113,6 +116,7 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "temperature": args.temperature,
+        "residency_policy": args.residency_policy or DEFAULT_POLICY,
     }
 
 
@@ -146,6 +150,7 @@ class Bench:
             batch_size=args.batch_size,
             max_seq_len=args.max_seq_len,
             decode_chunk=args.decode_chunk,
+            residency_policy=args.residency_policy,
             implementation="reference" if args.no_kernels else None,
             measure_link=False,
         )
@@ -214,7 +219,7 @@ class Bench:
             state = init_state(config, batch, plan.max_seq_len, [args.new_tokens] * batch, no_slots)
             start = time.perf_counter()
             for chunk in prompt_chunks(prompts.tolist(), plan.prefill_chunk):
-                state = steps.prefill(self.weights.params, store, state, chunk, sampling, mode=mode)
+                state, _ = steps.prefill(self.weights.params, store, state, chunk, sampling, mode=mode)
             np.asarray(state.last_tokens)
             ttft.append(time.perf_counter() - start)
             count = 0

@@ -1,8 +1,9 @@
 """Times the kernels on the device beside their bounds measured in the same run: python -m tools.bench_kernels.
 
 expert_mlp is bound by reading the weights of the groups asked for: the bound is their bytes at the bandwidth of a pass
-over a gigabyte of device memory (read and written). fetch is bound by the link: plain copies from pinned host memory.
-All weights are random, and each call reads other slots than the one before, so that no cache can serve them. A time is
+over a gigabyte of device memory (read and written). decode_attention likewise by the keys and values
+that it sees. fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call
+reads other slots, or another KV cache, than the one before, so that no cache of the GPU can serve them. A time is
 that of one call among many in one program, each needing the result of the one before, less the loop around them.
 """
 
@@ -23,19 +24,23 @@ import numpy as np
 
 from jmoe import memory
 from kernels_pallas import backends
+from kernels_pallas.decode_attention import specs as decode_attention_specs
 from kernels_pallas.expert_mlp import api as expert_mlp_api
 from kernels_pallas.expert_mlp import reference
 from kernels_pallas.expert_mlp import specs as expert_mlp_specs
 from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.fetch import specs as fetch_specs
+from tools import bench_attention
 
 CALLS = 16  # in the body of the timed loop: its own overhead is shared by as many
 DEFAULTS = {
     "expert_mlp": ["qwen3_30b_decode", "two_rows", "batch_of_4", "batch_of_8", "batch_of_32", "qwen3_235b_decode"],
+    "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
     "fetch": ["qwen3_30b", "single", "full"],
 }
 SPECS = {
     "expert_mlp": {spec.name: spec for spec in expert_mlp_specs.SPECS},
+    "decode_attention": {spec.name: spec for spec in decode_attention_specs.SPECS},
     "fetch": {spec.name: spec for spec in fetch_specs.SPECS},
 }
 
@@ -51,6 +56,14 @@ class Row:
     bound_us: float
     gbps: float
     error: float
+
+    @classmethod
+    def of(
+        cls, op: str, spec: str, implementation: str, us: float, num_bytes: int, bound_gbps: float, error: float
+    ) -> "Row":
+        """Of a call that has to move `num_bytes`."""
+        bound_us, gbps = num_bytes / bound_gbps / 1e3, num_bytes / us / 1e3
+        return cls(op=op, spec=spec, implementation=implementation, us=us, bound_us=bound_us, gbps=gbps, error=error)
 
     @property
     def percent(self) -> float:
@@ -90,7 +103,11 @@ def _run(options: argparse.Namespace) -> list[Row]:
         )
     print(f"device {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     rows: list[Row] = []
-    for op, bandwidth, bench in (("expert_mlp", _memory_gbps, _bench_expert_mlp), ("fetch", _link_gbps, _bench_fetch)):
+    for op, bandwidth, bench in (
+        ("expert_mlp", _memory_gbps, _bench_expert_mlp),
+        ("decode_attention", _memory_gbps, _bench_decode_attention),
+        ("fetch", _link_gbps, _bench_fetch),
+    ):
         if chosen.get(op):
             gbps = bandwidth()
             print(f"{op}: bound by {gbps:.1f} GB/s\n{_line(None)}", flush=True)
@@ -163,15 +180,8 @@ def _bench_expert_mlp(spec: expert_mlp_specs.ExpertMlpSpec, gbps: float, options
         got = jax.jit(function)(x, slots, group_slots, group_weights)
         seconds = _seconds(_calls(function, spec, options.iterations), (x, slots), options.repeats) - empty
         us = 1e6 * seconds / (options.iterations * CALLS)
-        yield Row(
-            op="expert_mlp",
-            spec=spec.name,
-            implementation=name,
-            us=us,
-            bound_us=num_bytes / gbps / 1e3,
-            gbps=num_bytes / us / 1e3,
-            error=float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted))),
-        )
+        error = float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted)))
+        yield Row.of("expert_mlp", spec.name, name, us, num_bytes, gbps, error)
 
 
 def _random_slots(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -228,6 +238,16 @@ def _in_float32(x, slots, group_slots, group_weights) -> jax.Array:
         return functools.reduce(jnp.add, [one(*group) for group in zip(group_slots, group_weights, strict=True)])
 
 
+def _bench_decode_attention(spec: decode_attention_specs.DecodeAttentionSpec, gbps: float, options: argparse.Namespace):
+    num_bytes = bench_attention.num_bytes(spec)
+
+    def seconds(run: Callable, arguments: tuple) -> float:
+        return _seconds(run, arguments, options.repeats)
+
+    for name, us, error in bench_attention.measure(spec, options.iterations * CALLS, 4 * CALLS, seconds):
+        yield Row.of("decode_attention", spec.name, name, us, num_bytes, gbps, error)
+
+
 def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Namespace):
     unsigned = np.uint16 if jnp.dtype(spec.dtype).itemsize == 2 else np.uint32
     bits = np.random.default_rng(0).integers(0, np.iinfo(unsigned).max, spec.store_shape, unsigned)
@@ -243,15 +263,7 @@ def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Nam
             times.append(time.perf_counter() - start)
         _require_fetched(np.asarray(slots).view(unsigned), bits, plans[-1])
         us = 1e6 * statistics.median(times) / CALLS
-        yield Row(
-            op="fetch",
-            spec=spec.name,
-            implementation=name,
-            us=us,
-            bound_us=spec.fetched_bytes / gbps / 1e3,
-            gbps=spec.fetched_bytes / us / 1e3,
-            error=0.0,
-        )
+        yield Row.of("fetch", spec.name, name, us, spec.fetched_bytes, gbps, 0.0)
 
 
 def _fetches(implementation: str, plans: list) -> Callable:

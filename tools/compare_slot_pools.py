@@ -113,14 +113,16 @@ def admit_us(num_experts: int, num_slots: int, num_needed: int) -> float:
 
     ids = jax.random.randint(jax.random.key(0), (TIMED_STEPS, num_needed), 0, num_experts)
 
-    def body(n, layer):
+    def body(n, state):
         needed = jnp.any(ids[n][:, None] == jnp.arange(num_experts)[None], axis=0)
-        layer, plan = admit(layer, needed, n, num_needed)
+        layer, last_used = state
+        last_used = jnp.where(needed, n, last_used)
+        layer, plan = admit(layer, needed, last_used, num_needed)
         used = 0 * (plan.count + jnp.sum(plan.expert_ids) + jnp.sum(plan.slot_ids))  # keeps the plan alive
-        return dataclasses.replace(layer, last_used=layer.last_used + used)
+        return layer, last_used + used
 
     loop = jax.jit(lambda layer: jax.lax.fori_loop(0, TIMED_STEPS, body, layer))
-    start_layer = init_residency(1, num_experts, num_slots).layer(0)
+    start_layer = init_residency(1, num_experts, num_slots).layer(0), jnp.full((num_experts,), -1, jnp.int32)
     jax.block_until_ready(loop(start_layer))
     times = []
     for _ in range(5):

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from jmoe.arguments import parse_size
 from jmoe.config import DTYPES, RuntimeConfig
-from jmoe.engine import Engine, load
+from jmoe.engine import Engine
 from jmoe.evaluation import Score, document_start, evaluate, require_windows
+from jmoe.loading import load
 from tools.stdlib_corpus import read_files, stdlib_root
 
 

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", type=Path, help="directory to make: a jmoe checkpoint")
-    parser.add_argument("--model", help="converted checkpoint, Hugging Face directory or hub id; default: the demo model")
+    parser.add_argument(
+        "--model", help="converted checkpoint, Hugging Face directory or hub id; default: the demo model"
+    )
     parser.add_argument("--expert-bytes", type=parse_size, required=True, metavar="SIZE", help="of an expert at least")
     parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: keep them as they are)")
     return parser

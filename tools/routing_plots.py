@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -54,6 +55,29 @@ def hit_rate_by_slots(hit_rate: np.ndarray, moe_layers: Sequence[int], num_activ
     axes.set(title="Hits of least-recently-used slots", xlabel="slots of a layer (experts)", ylabel="hit rate")
     axes.set(xlim=(0, slots[-1]), ylim=(0, 1))
     axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def hit_rate_by_share(rows: Sequence[Mapping[str, Any]], num_experts: int) -> Figure:
+    """Hit rate against the share of experts with a slot, a panel for each batch size and a line for each policy.
+
+    Rows have `batch_size`, `slots`, `policy`, `hit_rate`; the policy "optimum" is drawn as the bound that it is.
+    """
+    batch_sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    figure = Figure(figsize=(3 * len(batch_sizes) + 1.5, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    colors = colormaps["viridis"](np.linspace(0, 0.95, len(names)))
+    for axes, batch_size in zip(figure.subplots(1, len(batch_sizes), squeeze=False)[0], batch_sizes, strict=True):
+        for name, color in zip(names, colors, strict=True):
+            mine = [row for row in rows if (row["policy"], row["batch_size"]) == (name, batch_size)]
+            shares, rates = [row["slots"] / num_experts for row in mine], [row["hit_rate"] for row in mine]
+            style = {"color": GREY, "linestyle": "--"} if name == "optimum" else {"color": color, "marker": "."}
+            axes.plot(shares, rates, label=name, **style)
+        axes.set(title=f"batch {batch_size}", xlabel="share of experts with a slot", ylabel="hit rate")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside right upper")
     return figure
 
 

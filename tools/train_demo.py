@@ -150,6 +150,7 @@ def _tokenizer(file: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
 def _train(trainer: Trainer, corpus: Corpus, tokenizer: Tokenizer, work: Path) -> Outcome:
     training = trainer.training
     start_id = tokenizer.token_to_id(START)
+    assert start_id is not None  # it was trained with this one
     train, held_out = (_encode(tokenizer, texts) for texts in (corpus.train, corpus.held_out))
     batches = Batches(train, start_id, training.batch_size, training.sequence_length, training.seed)
     scored = HeldOut.cut(held_out, start_id, num_bytes(corpus.held_out.values()), training.sequence_length)

@@ -116,6 +116,12 @@ def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
+def token_logprobs(logits: Float[Array, "*n V"], tokens: Int[Array, "*n"]) -> Float[Array, "*n"]:
+    """log softmax(logits)[token], natural."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, " B"], mode: Mode
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
@@ -126,8 +132,7 @@ def sample(
     tokens = jnp.argmax(logits, axis=1).astype(jnp.int32)
     if mode != "greedy":
         tokens = jnp.where(sampling.temperature == 0, tokens, _draw(logits, sampling, positions, mode))
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=1)
+    return tokens, token_logprobs(logits, tokens)
 
 
 def _draw(logits, sampling: Sampling, positions, mode: Mode) -> Int[Array, " B"]:

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample
+from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample, token_logprobs
 from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
+from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import Decoder, build_decoder
@@ -69,12 +70,29 @@ class Chunk:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Routed:
+    """What the L MoE layers routed in n steps of T tokens a sequence: as `Routing`, with expert E for no token.
+
+    uint16 and float16, what `jmoe.traces` keeps at most. No memory plan counts it, since it is small: 4 bytes a choice,
+    for Qwen3-30B-A3B's 48 layers of 8 choices 0.8 MB for a chunk of 512 tokens, and 50 kB for 32 decoded ones.
+    """
+
+    expert_ids: Int[Array, "n L B T A"]
+    combine_weights: Float[Array, "n L B T A"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Emitted:
-    """Tokens of one decode call, [B, n]; NO_TOKEN where a sequence was done. `num_steps` of the n columns are used."""
+    """Tokens of one decode call, [B, n]; NO_TOKEN where a sequence was done. `num_steps` of the n columns are used.
+
+    `routed`, of `num_steps` steps of one token, is None unless the steps record.
+    """
 
     token_ids: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     num_steps: Int[Array, ""]
+    routed: Routed | None = None
 
 
 # XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of it.
@@ -93,35 +111,42 @@ class Steps:
     layout: SlotLayout
     implementation: str | None = None
     resident: bool = False  # the reference: the store is on the device, and the slots are not used
+    record: bool = False  # whether prefill and decode also return what was routed
+    policy: str = DEFAULT_POLICY  # of residency, a name of `jmoe.experts.policies.POLICIES`
 
-    def _decoder(self, params) -> Decoder:
-        return build_decoder(self.config, params)
+    def decoder(self, params) -> Decoder:
+        """The model with these parameters."""
+        return build_decoder(self.config, params, self.implementation)
 
     def _experts(self, store: ExpertStore, slots: ExpertSlots, *, admits: bool) -> ResidentExperts | OffloadedExperts:
         if self.resident:
             return ResidentExperts(store.layers, slots, self.implementation)
-        return OffloadedExperts(store, slots, self.layout, admits, self.implementation)
+        return OffloadedExperts(store, slots, self.layout, admits, self.implementation, self.policy)
 
-    def _forward(self, decoder: Decoder, store, state: DecodeState, token_ids, valid, rope_lengths, *, admits: bool):
+    def forward(self, decoder: Decoder, store, state: DecodeState, token_ids, valid, rope_lengths, *, admits: bool):
         experts = self._experts(store, state.experts, admits=admits)
-        hidden, cache, carry = decoder(token_ids, valid, rope_lengths, state.cache, experts, experts.start())
-        return hidden, dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
+        start = experts.start(), ()
+        hidden, cache, (carry, routings) = decoder(
+            token_ids, valid, rope_lengths, state.cache, Observed(experts), start
+        )
+        return hidden, dataclasses.replace(state, cache=cache, experts=experts.finish(carry)), routings
 
     @functools.partial(
         jax.jit, static_argnames=("self", "mode"), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
     )
     def prefill(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
-    ) -> DecodeState:
+    ) -> tuple[DecodeState, Routed | None]:
         """Takes in one chunk of every prompt; a prompt that ends in it gets its first token sampled."""
         with jax.named_scope("prefill"):
-            hidden, state = self._prefill_chunk(params, store, state, chunk)
+            hidden, state, routings = self._prefill_chunk(params, store, state, chunk)
             at = jnp.maximum(chunk.num_valid - 1, 0)[:, None, None]
             last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]  # [B, D]
-            logits = self._decoder(params).unembed(last)
+            logits = self.decoder(params).unembed(last)
             with jax.named_scope("sample"):
                 tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
-        return self._advance(state, chunk.is_last, tokens, logprobs, sampling)
+        state = self._advance(state, chunk.is_last, tokens, logprobs, sampling)
+        return state, _routed(routings, chunk.num_valid.size) if self.record else None
 
     @functools.partial(
         jax.jit, static_argnames=("self",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
@@ -130,24 +155,23 @@ class Steps:
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
         """As `prefill`, but returns the hidden states of the whole chunk and samples nothing."""
-        return self._prefill_chunk(params, store, state, chunk)
+        hidden, state, _ = self._prefill_chunk(params, store, state, chunk)
+        return hidden, state
 
     @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
     def unembed(self, params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of hidden states."""
-        return self._decoder(params).unembed(hidden)
+        return self.decoder(params).unembed(hidden)
 
     @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
     def token_logprobs(self, params, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Natural log-probability of each target after its hidden state, float32: log_softmax(logits)[targets]."""
-        logits = self._decoder(params).unembed(hidden)  # [B, T, V]
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return token_logprobs(self.decoder(params).unembed(hidden), targets)
 
     def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk):
         valid = jnp.arange(chunk.token_ids.shape[1])[None, :] < chunk.num_valid[:, None]
-        decoder = self._decoder(params)
-        return self._forward(decoder, store, state, chunk.token_ids, valid, chunk.prompt_lengths, admits=False)
+        decoder = self.decoder(params)
+        return self.forward(decoder, store, state, chunk.token_ids, valid, chunk.prompt_lengths, admits=False)
 
     @functools.partial(
         jax.jit,
@@ -172,6 +196,7 @@ class Steps:
             token_ids=jnp.full((batch, capacity), NO_TOKEN, jnp.int32),
             logprobs=jnp.zeros((batch, capacity), jnp.float32),
             num_steps=jnp.zeros((), jnp.int32),
+            routed=self._room_for_routing(capacity, batch) if self.record else None,
         )
 
         def unfinished(loop: tuple[DecodeState, Emitted]) -> Bool[Array, ""]:
@@ -181,19 +206,25 @@ class Steps:
         def step(loop: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
             state, emitted = loop
             was_done = state.done
-            state = self._decode_step(params, store, state, sampling, mode)
-            return state, _emit(emitted, state, was_done)
+            state, routings = self._decode_step(params, store, state, sampling, mode)
+            return state, _emit(emitted, state, was_done, routings)
 
         return jax.lax.while_loop(unfinished, step, (state, emitted))
 
-    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, mode: Mode) -> DecodeState:
-        decoder, active = self._decoder(params), ~state.done
+    def _room_for_routing(self, num_steps: int, batch_size: int) -> Routed:
+        shape = num_steps, self.layout.num_layers, batch_size, 1, self.config.num_experts_per_tok
+        return Routed(jnp.full(shape, self.config.num_experts, jnp.uint16), jnp.zeros(shape, jnp.float16))
+
+    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, mode: Mode):
+        decoder, active = self.decoder(params), ~state.done
         token_ids, rope_lengths = state.last_tokens[:, None], state.cache.lengths + 1
-        hidden, state = self._forward(decoder, store, state, token_ids, active[:, None], rope_lengths, admits=True)
+        hidden, state, routings = self.forward(
+            decoder, store, state, token_ids, active[:, None], rope_lengths, admits=True
+        )
         logits = decoder.unembed(hidden[:, 0])
         with jax.named_scope("sample"):
             tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
-        return self._advance(state, active, tokens, logprobs, sampling)
+        return self._advance(state, active, tokens, logprobs, sampling), routings
 
     @staticmethod
     def _advance(state: DecodeState, produced: Bool[Array, " B"], tokens, logprobs, sampling: Sampling) -> DecodeState:
@@ -209,13 +240,26 @@ class Steps:
         )
 
 
-def _emit(emitted: Emitted, state: DecodeState, was_done: Bool[Array, " B"]) -> Emitted:
+def _routed(routings: tuple[Routing, ...], batch_size: int) -> Routed:
+    """Of one step."""
+    expert_ids = jnp.stack([routing.expert_ids for routing in routings])  # [L, B*T, A]
+    weights = jnp.stack([routing.combine_weights for routing in routings])
+    shape = 1, len(routings), batch_size, -1, expert_ids.shape[-1]
+    return Routed(expert_ids.astype(jnp.uint16).reshape(shape), weights.astype(jnp.float16).reshape(shape))
+
+
+def _emit(emitted: Emitted, state: DecodeState, was_done: Bool[Array, " B"], routings: tuple[Routing, ...]) -> Emitted:
+    routed = emitted.routed
+    if routed is not None:
+        row, place = _routed(routings, was_done.size), (emitted.num_steps, 0, 0, 0, 0)
+        routed = jax.tree.map(lambda rows, new: jax.lax.dynamic_update_slice(rows, new, place), routed, row)
     tokens = jnp.where(was_done, NO_TOKEN, state.last_tokens)[:, None]
     at = (0, emitted.num_steps)
     return Emitted(
         token_ids=jax.lax.dynamic_update_slice(emitted.token_ids, tokens, at),
         logprobs=jax.lax.dynamic_update_slice(emitted.logprobs, state.last_logprobs[:, None], at),
         num_steps=emitted.num_steps + 1,
+        routed=routed,
     )
 
 
@@ -245,5 +289,5 @@ def forward_routed(
     cache = init_kv_cache(config, batch, length)
     experts = Observed(ResidentExperts(expert_layers, implementation=implementation))
     valid, lengths = jnp.ones(token_ids.shape, bool), jnp.full((batch,), length, jnp.int32)
-    hidden, _, routings = decoder(token_ids, valid, lengths, cache, experts, ())
+    hidden, _, (_, routings) = decoder(token_ids, valid, lengths, cache, experts, (None, ()))
     return decoder.unembed(hidden), routings

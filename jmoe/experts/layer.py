@@ -6,11 +6,13 @@ the same order.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.experts.residency import (
     NONE,
     Counters,
@@ -23,6 +25,7 @@ from jmoe.experts.residency import (
 )
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
+from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
@@ -44,8 +47,13 @@ class Groups:
 
 
 def needed_experts(routing: Routing, num_experts: int) -> Bool[Array, " E"]:
+    return tokens_of_experts(routing, num_experts) > 0
+
+
+def tokens_of_experts(routing: Routing, num_experts: int) -> Int[Array, " E"]:
+    """How many tokens go to each expert."""
     experts = jnp.arange(num_experts, dtype=jnp.int32)
-    return jnp.any(routing.expert_ids.reshape(-1)[None, :] == experts[:, None], axis=1)
+    return jnp.sum(routing.expert_ids.reshape(-1)[None, :] == experts[:, None], axis=1, dtype=jnp.int32)
 
 
 def group_by_expert(routing: Routing, needed: Bool[Array, " E"]) -> Groups:
@@ -85,13 +93,16 @@ class ResidentExperts:
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """Resident experts whose carry is the tuple of all routings so far, one a MoE layer."""
+    """Experts whose carry is their own, and beside it the tuple of all routings so far, one a MoE layer."""
 
-    experts: ResidentExperts
+    experts: MoE
 
-    def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: tuple[Routing, ...]):
-        y, _ = self.experts(moe_layer, x, routing, None)
-        return y, (*carry, routing)
+    def __call__(
+        self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: tuple[Any, tuple[Routing, ...]]
+    ):
+        inner, routings = carry
+        y, inner = self.experts(moe_layer, x, routing, inner)
+        return y, (inner, (*routings, routing))
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +113,7 @@ class Progress:
     staging: Float[Array, "W 3 F D"]
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
-    needed: tuple[Bool[Array, " E"], ...] = ()
+    used: tuple[Int[Array, " E"], ...] = ()
     num_fetched: tuple[Int[Array, ""], ...] = ()
 
 
@@ -110,7 +121,8 @@ class Progress:
 class OffloadedExperts:
     """Experts in the store, used from the slots.
 
-    Decode steps (`admits`) make their misses resident. Prefill does not: it uses what is resident where it is and
+    Decode steps (`admits`) make their misses resident, in the place of what `policy` (a name of `POLICIES`, the one
+    that the slots' residency was made with) values least. Prefill does not: it uses what is resident where it is and
     streams the rest through the staging slots, so that the decode set survives it.
     """
 
@@ -119,22 +131,26 @@ class OffloadedExperts:
     layout: SlotLayout
     admits: bool
     implementation: str | None = None
+    policy: str = DEFAULT_POLICY
 
     def start(self) -> Progress:
         return Progress(self.slots.staging)
 
     def finish(self, progress: Progress) -> ExpertSlots:
-        """The state after the step: layers stacked again, counters and clock advanced."""
-        before = self.slots.residency
-        layers = before.layers if self._is_fixed else jax.tree.map(lambda *rows: jnp.stack(rows), *progress.layers)
+        """The state after the step: layers stacked again, what the policy remembers and the counters brought on."""
+        before, used = self.slots.residency, jnp.stack(progress.used)  # [L, E]
         kind = "decode" if self.admits else "prefill"
-        counters = jax.tree.map(jnp.add, getattr(before, kind), self._counts(progress))
-        residency = dataclasses.replace(before, layers=layers, clock=before.clock + 1, **{kind: counters})
-        return ExpertSlots(progress.slots, progress.staging, residency)
+        counters = jax.tree.map(jnp.add, getattr(before, kind), self._counts(progress, used > 0))
+        after = dataclasses.replace(before, clock=before.clock + self.admits, **{kind: counters})
+        if not self._is_fixed:
+            with jax.named_scope("admit"):
+                tracked = POLICIES[self.policy].update(before.tracked, used, before.clock)
+            layers = jax.tree.map(lambda *rows: jnp.stack(rows), *progress.layers)
+            after = dataclasses.replace(after, layers=layers, tracked=tracked)
+        return ExpertSlots(progress.slots, progress.staging, after)
 
-    def _counts(self, progress: Progress) -> Counters:
+    def _counts(self, progress: Progress, needed: Bool[Array, "L E"]) -> Counters:
         """Of this step, all layers at once: a few small kernels a step instead of a layer."""
-        needed = jnp.stack(progress.needed)  # [L, E]
         hits = jnp.sum(needed & (self.slots.residency.layers.slot_of != NONE), axis=1, dtype=jnp.int32)
         fetched = jnp.stack(progress.num_fetched) if progress.num_fetched else jnp.zeros_like(hits)
         return Counters(hits, fetched, jnp.sum(needed, axis=1, dtype=jnp.int32) - hits - fetched)
@@ -147,9 +163,9 @@ class OffloadedExperts:
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         before, slots, staging = self.slots.residency.layer(moe_layer), self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
-            needed = needed_experts(routing, self.layout.num_experts)
-            groups = group_by_expert(routing, needed)
-            after, plan = self._admit(before, needed, groups)
+            used = tokens_of_experts(routing, self.layout.num_experts)
+            groups = group_by_expert(routing, used > 0)
+            after, plan = self._admit(moe_layer, before, used, groups.expert_ids.size)
         num_fetched = carry.num_fetched
         if plan is not None:
             slots, num_fetched = self._fetch(moe_layer, slots, plan), (*num_fetched, plan.count)
@@ -157,16 +173,18 @@ class OffloadedExperts:
             y = self._multiply(x, slots, slots_of(after, groups.expert_ids), groups.weights)
         else:
             y, staging = self._in_waves(moe_layer, x, groups, after, slots, staging)
-        progress = Progress(
-            staging, (*carry.slots, slots), (*carry.layers, after), (*carry.needed, needed), num_fetched
-        )
+        progress = Progress(staging, (*carry.slots, slots), (*carry.layers, after), (*carry.used, used), num_fetched)
         return y.astype(x.dtype), progress
 
-    def _admit(self, before: LayerResidency, needed, groups: Groups) -> tuple[LayerResidency, FetchPlan | None]:
+    def _admit(
+        self, moe_layer: int, before: LayerResidency, used: Int[Array, " E"], max_needed: int
+    ) -> tuple[LayerResidency, FetchPlan | None]:
         if self._is_fixed:
             return before, None
-        plan_size = min(groups.expert_ids.size, self.layout.slots_per_layer)
-        return admit(before, needed, self.slots.residency.clock, plan_size)
+        residency = self.slots.residency
+        row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked)
+        value = POLICIES[self.policy].value(row, used, residency.clock)
+        return admit(before, used > 0, value, max_needed)
 
     def _fetch(self, moe_layer: int, slots: Float[Array, "R 3 F D"], plan: FetchPlan) -> Float[Array, "R 3 F D"]:
         with jax.named_scope("fetch"):

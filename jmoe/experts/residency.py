@@ -1,33 +1,35 @@
 """Which expert sits in which slot, as arrays on the device, and how that changes: `admit`.
 
 Every layer owns its share of the slots, so the state of a layer is small and layers cannot push out each other's
-experts (docs/design.md has the measurement). All of it is integer code with a plain-Python twin in the tests. Ranks
-are found by comparing all with all instead of sorting: a layer has at most a few hundred slots, and XLA makes a few
-small kernels of it where a sort is a dozen.
+experts (docs/design.md has the measurement). Which experts are worth keeping is a policy's to say
+(`jmoe.experts.policies`). All of this is integer code with a plain-Python twin in the tests. Ranks are found by
+comparing all with all instead of sorting: a layer has at most a few hundred slots, and XLA makes a few small kernels of
+it where a sort is a dozen.
 """
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
+
 NONE = -1
-_NEVER = jnp.iinfo(jnp.int32).max
+_NEVER, _FIRST = jnp.iinfo(jnp.int32).max, jnp.iinfo(jnp.int32).min
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerResidency:
-    """One layer: slot of each expert and expert of each slot (NONE if there is none), and when a slot was last used.
+    """One layer: slot of each expert and expert of each slot (NONE if there is none).
 
-    Invariants: `slot_of` and `owner` are inverse to each other; slots are counted within the layer.
+    Invariants: the two are inverse to each other; slots are counted within the layer.
     """
 
     slot_of: Int[Array, " E"]
     owner: Int[Array, " S"]
-    last_used: Int[Array, " S"]
 
 
 @jax.tree_util.register_dataclass
@@ -43,9 +45,13 @@ class Counters:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """All layers, stacked: `slot_of` [L, E], `owner` and `last_used` [L, S]; `clock` counts steps."""
+    """All layers, stacked: `slot_of` [L, E], `owner` [L, S]. `clock` counts the steps that admitted.
+
+    `tracked` is what the policy remembers, every leaf [L, ...].
+    """
 
     layers: LayerResidency
+    tracked: Any
     clock: Int[Array, ""]
     decode: Counters
     prefill: Counters
@@ -64,16 +70,8 @@ class FetchPlan:
     count: Int[Array, ""]
 
 
-Policy = Callable[[LayerResidency], Int[Array, " S"]]
-
-
-def lru(layer: LayerResidency) -> Int[Array, " S"]:
-    """Score of each slot, the smallest goes first. Least recently used: the time of last use, empty slots first."""
-    return jnp.where(layer.owner == NONE, NONE, layer.last_used)
-
-
-def init_residency(num_layers: int, num_experts: int, slots_per_layer: int) -> Residency:
-    """Slot s of every layer holds expert s: what `fill_slots` puts there."""
+def init_residency(num_layers: int, num_experts: int, slots_per_layer: int, policy: str = DEFAULT_POLICY) -> Residency:
+    """Slot s of every layer holds expert s: what `init_slots` puts there. `policy` is a name of `POLICIES`."""
     experts = jnp.arange(num_experts, dtype=jnp.int32)
     slots = jnp.arange(slots_per_layer, dtype=jnp.int32)
 
@@ -83,9 +81,9 @@ def init_residency(num_layers: int, num_experts: int, slots_per_layer: int) -> R
     layers = LayerResidency(
         slot_of=stack(jnp.where(experts < slots_per_layer, experts, NONE)),
         owner=stack(jnp.where(slots < num_experts, slots, NONE)),
-        last_used=stack(jnp.zeros_like(slots)),
     )
-    return Residency(layers, jnp.zeros((), jnp.int32), init_counters(num_layers), init_counters(num_layers))
+    tracked = POLICIES[policy].start(num_layers, num_experts)
+    return Residency(layers, tracked, jnp.zeros((), jnp.int32), init_counters(num_layers), init_counters(num_layers))
 
 
 def init_counters(num_layers: int) -> Counters:
@@ -117,39 +115,41 @@ def compact(flags: Bool[Array, " n"], size: int) -> Int[Array, " m"]:
 
 
 def admit(
-    layer: LayerResidency, needed: Bool[Array, " E"], clock: Int[Array, ""], plan_size: int, policy: Policy = lru
+    layer: LayerResidency, needed: Bool[Array, " E"], value: Int[Array, " E"], max_needed: int
 ) -> tuple[LayerResidency, FetchPlan]:
-    """Makes the needed experts resident if there are slots for all of them; else leaves the residents alone.
+    """Makes the needed experts resident, in the place of the residents of the least value among the others.
 
-    Hits are touched. Misses take the slots that the policy scores lowest among those that this step does not need.
-    When more experts are needed than there are slots, nothing is admitted: the caller streams the misses.
+    `value` says how much keeping each expert is worth, more for more, between -2**31 and 2**31 - 1 exclusive;
+    `max_needed` bounds the experts of one step. When more are needed than there are slots, an expert is admitted only
+    if it is worth more than the one it replaces, and the caller streams what was not admitted: so a step that is too
+    large does not wash out what is worth keeping. An expert that is needed is never replaced.
 
-    Returns the layer afterwards and the plan that makes it true; `plan_size` bounds the misses of one step.
+    Returns the layer afterwards and the plan that makes it true.
     """
     num_slots, num_experts = layer.owner.shape[0], layer.slot_of.shape[0]
-    resident = layer.slot_of != NONE
-    fits = jnp.sum(needed) <= num_slots
-    admitted = needed & ~resident & fits  # [E]
-    num_admitted = jnp.sum(admitted, dtype=jnp.int32)
-    order = count_before(admitted)  # [E] place in the plan
+    resident, here = layer.slot_of != NONE, jnp.maximum(layer.owner, 0)
+    missing = needed & ~resident  # [E]
+    in_use = (layer.owner != NONE) & needed[here]  # [S]
+    kept_value = jnp.where(layer.owner == NONE, _FIRST, value[here])
+    victim_rank = rank_of(jnp.where(in_use, _NEVER, kept_value))  # [S]
+    order = rank_of(jnp.where(missing, ~value, _NEVER))  # [E] place in the plan; ~: the most valuable first
+    gets = missing[None, :] & (order[None, :] == victim_rank[:, None])  # [S, E] slot gets expert
+    admitted, taken = missing, victim_rank < jnp.sum(missing)
+    if max_needed > num_slots:
+        is_worth = (value[None, :] > kept_value[:, None]) & ~in_use[:, None]
+        gets &= is_worth | (jnp.sum(needed) <= num_slots)
+        admitted, taken = jnp.any(gets, axis=0), jnp.any(gets, axis=1)
 
-    in_use = (layer.owner != NONE) & needed[jnp.maximum(layer.owner, 0)]  # [S]
-    victim_rank = rank_of(jnp.where(in_use, _NEVER, policy(layer)))  # [S]
-    taken = victim_rank < num_admitted
-    gets = admitted[None, :] & (order[None, :] == victim_rank[:, None])  # [S, E] slot gets expert
     experts, slots = jnp.arange(num_experts, dtype=jnp.int32), jnp.arange(num_slots, dtype=jnp.int32)
-
     evicted = resident & taken[jnp.maximum(layer.slot_of, 0)]
-    stays = jnp.where(evicted, NONE, layer.slot_of)
     after = LayerResidency(
-        slot_of=jnp.where(admitted, select(gets.T, slots), stays),
+        slot_of=jnp.where(admitted, select(gets.T, slots), jnp.where(evicted, NONE, layer.slot_of)),
         owner=jnp.where(taken, select(gets, experts), layer.owner),
-        last_used=jnp.where(in_use | taken, clock, layer.last_used),
     )
-    entries = jnp.arange(plan_size)[:, None]
+    entries = jnp.arange(min(max_needed, num_slots))[:, None]
     plan = FetchPlan(
         expert_ids=select(admitted[None, :] & (order[None, :] == entries), experts),
-        slot_ids=select((victim_rank[None, :] == entries) & taken[None, :], slots),
-        count=num_admitted,
+        slot_ids=select(taken[None, :] & (victim_rank[None, :] == entries), slots),
+        count=jnp.sum(admitted, dtype=jnp.int32),
     )
     return after, plan

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.residency import Residency, init_residency
 from jmoe.experts.store import ExpertStore
 from kernels_pallas.fetch.api import fetch
@@ -42,7 +43,9 @@ class ExpertSlots:
         return any(leaf.is_deleted() for leaf in jax.tree.leaves(self))
 
 
-def init_slots(store: ExpertStore, layout: SlotLayout, *, implementation: str | None = None) -> ExpertSlots:
+def init_slots(
+    store: ExpertStore, layout: SlotLayout, *, implementation: str | None = None, policy: str = DEFAULT_POLICY
+) -> ExpertSlots:
     """Slots that hold the first experts of each layer, so that they may be used from the first token on."""
     experts: Int[Array, " P"] = jnp.arange(layout.slots_per_layer, dtype=jnp.int32)
     fill = jax.jit(fetch, donate_argnums=1, static_argnames="implementation")
@@ -54,5 +57,5 @@ def init_slots(store: ExpertStore, layout: SlotLayout, *, implementation: str | 
     return ExpertSlots(
         layers=tuple(filled(layer) for layer in store.layers),
         staging=jnp.zeros((layout.num_staging, *store.layers[0].shape[1:]), store.layers[0].dtype),
-        residency=init_residency(layout.num_layers, layout.num_experts, layout.slots_per_layer),
+        residency=init_residency(layout.num_layers, layout.num_experts, layout.slots_per_layer, policy),
     )

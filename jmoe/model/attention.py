@@ -3,41 +3,69 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.model.kv_cache import KVCache, append
+from jmoe.model.kv_cache import KVCache, append, replace_layer
 from jmoe.model.layers import Linear, RMSNorm
-from jmoe.model.rope import apply_rope
+from kernels_pallas.decode_attention import reference
+from kernels_pallas.decode_attention.api import decode_attention
 
 # Scores of one block of queries are materialised in float32; longer chunks go block by block.
 MAX_SCORE_BYTES = 256 * 2**20
 
 
 class Attention(nnx.Module):
-    """softmax(q kᵀ / sqrt(H)) v over the cached and the new positions; q, k and v are one projection."""
+    """softmax(q kᵀ / sqrt(H)) v over the cached and the new positions; q, k and v are one projection.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    `implementation` is that of `decode_attention`, which does single tokens.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         shared = {"dtype": config.dtype, "use_bias": config.attention_bias, "rngs": rngs}
         self.qkv_proj = Linear(config.hidden_size, (heads + 2 * kv_heads) * head_dim, **shared)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, **shared)
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=config.dtype)
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=config.dtype)
-        self.config = config
+        self.config, self.implementation = config, implementation
 
     def __call__(
         self, x: Float[Array, "B T D"], cache: KVCache, layer: int, angles, positions: Int[Array, "B T"], valid
     ) -> tuple[Float[Array, "B T D"], KVCache]:
+        mix = self._mix_one if x.shape[1] == 1 else self._mix_chunk
+        mixed, cache = mix(self.qkv_proj(x), cache, layer, angles, positions, valid)
+        return self.o_proj(mixed), cache
+
+    def _mix_one(self, qkv: Float[Array, "B 1 Q"], cache: KVCache, layer: int, angles, positions, valid):
+        cos, sin = angles
+        out, keys, values = decode_attention(
+            qkv[:, 0],
+            self.q_norm.scale[...],
+            self.k_norm.scale[...],
+            cos[:, 0],
+            sin[:, 0],
+            cache.keys[layer],
+            cache.values[layer],
+            positions[:, 0],
+            valid[:, 0],
+            num_heads=self.config.num_attention_heads,
+            sliding_window=self.config.sliding_window,
+            eps=self.config.rms_norm_eps,
+            implementation=self.implementation,
+        )
+        return out[:, None], replace_layer(cache, layer, keys, values)
+
+    def _mix_chunk(self, qkv: Float[Array, "B T Q"], cache: KVCache, layer: int, angles, positions, valid):
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], heads + 2 * kv_heads, config.head_dim)  # [B, T, N+2K, H]
+        qkv = qkv.reshape(*qkv.shape[:2], heads + 2 * kv_heads, config.head_dim)  # [B, T, N+2K, H]
         queries, keys, values = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
-        queries = apply_rope(self.q_norm(queries), *angles)
-        keys = apply_rope(self.k_norm(keys), *angles)
+        queries = reference.rotate(self.q_norm(queries), *angles)
+        keys = reference.rotate(self.k_norm(keys), *angles)
         cache = append(cache, layer, keys, values, positions, valid)
         out = attend(queries, cache.keys[layer], cache.values[layer], positions, config.sliding_window)
-        return self.o_proj(out.reshape(*x.shape[:2], heads * config.head_dim)), cache
+        return out.reshape(*out.shape[:2], heads * config.head_dim), cache
 
 
 def attend(
@@ -50,11 +78,11 @@ def attend(
     """Causal attention of queries at `positions` over the cache; scores and softmax in float32."""
     block = query_block(queries.shape, keys.shape[1])
     if block == queries.shape[1]:
-        return _attend_block(queries, keys, values, positions, sliding_window)
+        return reference.attend(queries, keys, values, positions, sliding_window)
     batch, num_queries = queries.shape[:2]
 
     def one(args):
-        return _attend_block(args[0], keys, values, args[1], sliding_window)
+        return reference.attend(args[0], keys, values, args[1], sliding_window)
 
     blocked = jnp.moveaxis(queries.reshape(batch, num_queries // block, block, *queries.shape[2:]), 1, 0)
     out = jax.lax.map(one, (blocked, jnp.moveaxis(positions.reshape(batch, -1, block), 1, 0)))
@@ -67,23 +95,3 @@ def query_block(shape: tuple[int, ...], num_positions: int) -> int:
     while block % 2 == 0 and batch * heads * block * num_positions * 4 > MAX_SCORE_BYTES:
         block //= 2
     return block
-
-
-def _attend_block(queries, keys, values, positions, sliding_window) -> Float[Array, "B T N H"]:
-    batch, num_queries, heads, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    grouped = queries.reshape(batch, num_queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    seen = visible(positions, keys.shape[1], sliding_window)  # [B, T, S]
-    scores = jnp.where(seen[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, values, preferred_element_type=jnp.float32)
-    return out.astype(queries.dtype).reshape(queries.shape)
-
-
-def visible(positions: Int[Array, "B T"], num_positions: int, sliding_window: int | None) -> Bool[Array, "B T S"]:
-    """Which KV positions a query sees: itself and those before it, within the sliding window if there is one."""
-    at = jnp.arange(num_positions)[None, None, :]
-    query = positions[:, :, None]
-    seen = at <= query
-    return seen if sliding_window is None else seen & (at > query - sliding_window)

@@ -29,9 +29,9 @@ class MoE(Protocol):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention, then either a router (whose experts live elsewhere) or a dense MLP."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, implementation=implementation)
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         is_moe = layer in config.moe_layers
         self.router = Router(config, rngs=rngs) if is_moe else None
@@ -41,11 +41,13 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states, layer by layer."""
+    """Token ids to hidden states, layer by layer; `implementation` is that of single tokens' attention."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, n, rngs=rngs) for n in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(config, n, rngs=rngs, implementation=implementation) for n in range(config.num_hidden_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype=config.dtype, rngs=rngs)
@@ -104,12 +106,18 @@ def exact(dtype: str):
     return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
 
-def build_decoder(config: ModelConfig, params: Mapping[str, Array]) -> Decoder:
+def build_decoder(
+    config: ModelConfig, params: Mapping[str, Array], implementation: str | None = "reference"
+) -> Decoder:
     """The decoder with these parameters, by flat path ("layers/0/attention/o_proj/kernel").
+
+    `implementation` is that of `decode_attention`, which does single tokens.
 
     Raises RuntimeError unless they are exactly the decoder's.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), implementation=implementation)), nnx.Param
+    )
     leaves = nnx.to_flat_state(state)
     if differing := {_name(path) for path, _ in leaves} ^ set(params):
         raise RuntimeError(f"trunk parameters that are missing or not the model's: {sorted(differing)[:10]}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmoe.config import DTYPE_BYTES, ModelConfig
+from kernels_pallas.decode_attention.reference import write
 
 
 @jax.tree_util.register_dataclass
@@ -51,16 +52,16 @@ def append(
     cache: KVCache, layer: int, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], positions, valid
 ) -> KVCache:
     """Writes the valid tokens at their positions; lengths are the caller's to advance, once for all layers."""
-    at = jnp.where(valid, positions, cache.capacity)  # beyond the end: dropped
-    rows = jnp.arange(at.shape[0])[:, None]
+    keys = write(cache.keys[layer], keys, positions, valid)
+    return replace_layer(cache, layer, keys, write(cache.values[layer], values, positions, valid))
 
-    def write(old: Array, new: Array) -> Array:
-        return old.at[rows, at].set(new.astype(old.dtype), mode="drop", unique_indices=False)
 
+def replace_layer(
+    cache: KVCache, layer: int, keys: Float[Array, "B S K H"], values: Float[Array, "B S K H"]
+) -> KVCache:
+    """With these keys and values of one layer."""
     return dataclasses.replace(
-        cache,
-        keys=_replace_at(cache.keys, layer, write(cache.keys[layer], keys)),
-        values=_replace_at(cache.values, layer, write(cache.values[layer], values)),
+        cache, keys=_replace_at(cache.keys, layer, keys), values=_replace_at(cache.values, layer, values)
     )
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from kernels_pallas.decode_attention.reference import rms_norm
+
 _INIT = nnx.initializers.normal(0.02)
 
 
@@ -46,9 +48,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class Embedding(nnx.Module):

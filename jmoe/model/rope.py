@@ -77,11 +77,3 @@ def rope_angles(
         inverse = jnp.asarray(table)[None, None, :]  # [1, 1, H/2]
     angles = positions.astype(jnp.float32)[:, :, None] * inverse  # [B, T, H/2]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply_rope(x: Float[Array, "B T N H"], cos, sin) -> Float[Array, "B T N H"]:
-    """Rotates the pairs (x[i], x[i + H/2]) by their angles."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)

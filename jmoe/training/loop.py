@@ -103,7 +103,8 @@ def fit(
 ) -> Outcome:
     """Trains to the held-out minimum, or goes on from the last checkpoint in `directory`.
 
-    `report` hears of the steps, `tell` of each evaluation. Raises ValueError if that checkpoint is of another training, RuntimeError if the loss is no longer a number.
+    `report` hears of the steps, `tell` of each evaluation. Raises ValueError if that checkpoint is of another training,
+    RuntimeError if the loss is no longer a number.
     """
     _same_training(directory / "training.json", trainer, batches)
     speeds: list[float] = []

@@ -11,10 +11,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jmoe.config import ModelConfig
+from jmoe.decoding.sampling import token_logprobs
 from jmoe.decoding.step import forward_routed
 from jmoe.model.families import trunk_shapes
 from jmoe.training.config import TrainingConfig
-from jmoe.training.losses import load_balancing_loss, router_z_loss, token_nats
+from jmoe.training.losses import load_balancing_loss, router_z_loss
 
 Params = dict[str, Any]  # {"trunk": arrays by flat path, "experts": a tuple of [E, 3, F, D], one a MoE layer}
 _SMALL_STD = 0.02  # of embeddings, and of routers, which so begin close to uniform
@@ -95,7 +96,7 @@ class Trainer:
         logits, routings = forward_routed(
             self.config, low["trunk"], low["experts"], tokens[:, :-1], implementation="dense"
         )
-        return token_nats(logits, tokens[:, 1:]), routings
+        return -token_logprobs(logits, tokens[:, 1:]), routings
 
     def loss(self, params: Params, tokens: Int[Array, "B T+1"]) -> tuple[Float[Array, ""], Losses]:
         """What is made small, and its parts."""
@@ -114,7 +115,8 @@ class Trainer:
         """One step of the optimizer."""
         gradients, losses = jax.grad(self.loss, has_aux=True)(state.params, tokens)
         updates, optimizer = make_optimizer(self.training).update(gradients, state.optimizer, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer), losses
+        params: Any = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, optimizer), losses
 
     @jax.jit(static_argnames=("self",))
     def held_out_nats(self, params: Params, tokens: Int[Array, "B T+1"], scored: Array) -> Float[Array, ""]:

@@ -1,0 +1,79 @@
+"""From what the user names to an engine: resolve, plan, and restore each array straight into its kind of memory."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jmoe import checkpoint, memory, sources
+from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.engine import Announce, Engine, Progress, Weights
+from jmoe.experts.policies import DEFAULT_POLICY
+from jmoe.experts.store import ExpertStore
+from jmoe.hf_files import read_json
+from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+
+def load(
+    model: str | Path | None = None,
+    runtime: RuntimeConfig = RuntimeConfig(),
+    *,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Engine:
+    """An engine for a converted directory, a Hugging Face directory or a hub id; None is the demo model.
+
+    Raises ValueError for a path, an option or a plan that cannot work, RuntimeError for a checkpoint or a machine that
+    does not.
+    """
+
+    def as_run(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, dtype=runtime.dtype or config.dtype)
+
+    path = sources.resolve(
+        model, progress=progress, announce=announce, prepare=lambda config: memory.configure_backend(as_run(config))
+    )
+    manifest = checkpoint.read_manifest(path)
+    config = as_run(manifest.config)
+    memory.enable_compilation_cache(sources.cache_dir() / "compiled")
+    return Engine.start(
+        config,
+        runtime,
+        lambda: load_weights(path, config, progress),
+        announce=announce,
+        fingerprint=manifest.fingerprint,
+        experience_file=_experience_file(manifest.fingerprint, runtime),
+        tokenizer=_tokenizer(path, announce),
+        generation_defaults=_generation_defaults(path),
+    )
+
+
+def _experience_file(fingerprint: str, runtime: RuntimeConfig) -> Path:
+    policy = runtime.residency_policy or DEFAULT_POLICY
+    return sources.cache_dir() / "residency" / f"{fingerprint[:16]}-{policy}.npz"
+
+
+def _tokenizer(path: Path, announce: Announce | None) -> Tokenizer | None:
+    if (path / TOKENIZER_FILE).is_file():
+        return load_tokenizer(path)
+    if announce:
+        announce(f"{path} has no {TOKENIZER_FILE}: prompts must be token ids")
+    return None
+
+
+def _generation_defaults(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def load_weights(path: Path, config: ModelConfig, progress: Progress | None = None) -> Weights:
+    """Restores the trunk to the device and the experts, a layer at a time, to pinned host memory."""
+    report = progress or (lambda phase, done, total: None)
+    params = checkpoint.load_trunk(path, config, memory.device_sharding())
+    layers = []
+    for layer in config.moe_layers:
+        layers.append(checkpoint.load_experts(path, config, layer, memory.host_sharding()))
+        jax.block_until_ready(layers[-1])
+        report("loading experts", len(layers) * layers[0].nbytes, config.store_bytes)
+    return Weights(params, ExpertStore(tuple(layers)))

@@ -1,0 +1,312 @@
+"""Speculative decoding: the tokens of plain decoding, whatever the draft, and a cache that shows no trace of it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.config import RopeConfig
+from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
+from jmoe.decoding.speculative import SpeculativeSteps, Verified
+from jmoe.decoding.step import DecodeState
+from jmoe.engine import Engine
+from jmoe.experts import draft
+from jmoe.experts.draft import DraftConfig, expert_distances, hottest, nearest_kept, rerouted, substituted
+from jmoe.experts.residency import NONE
+from jmoe.generation import prompt_chunks
+from jmoe.model.router import Routing
+from tests import models
+from tests.models import SMALL
+
+NEW = 24
+
+
+@functools.cache
+def engine(expert_slots: int = 4, batch_size: int = 3) -> Engine:
+    return models.engine(expert_slots=expert_slots, batch_size=batch_size)
+
+
+@functools.cache
+def distances() -> jax.Array:
+    return jnp.stack([expert_distances(jnp.asarray(np.asarray(layer))) for layer in models.weights().store.layers])
+
+
+def requests(kind: str, count: int, **changes) -> list[SamplingParams]:
+    options = {
+        "greedy": {},
+        "full": {"temperature": 1.3},
+        "truncated": {"temperature": 1.5, "top_k": 40, "top_p": 0.95},
+    }
+    return [
+        SamplingParams(**{"max_new_tokens": NEW, "ignore_eos": True, "seed": n} | options[kind] | changes)
+        for n in range(count)
+    ]
+
+
+@dataclasses.dataclass
+class Run:
+    """A batch after its prompts."""
+
+    engine: Engine
+    state: DecodeState
+    sampling: object
+    mode: str
+
+    @classmethod
+    def begin(cls, made: Engine, prompts, params, eos=(), budgets=None) -> "Run":
+        sampling, mode = batch_sampling(params, eos), sampling_mode(params)
+        state = made.new_state(len(prompts), budgets or [p.max_new_tokens for p in params])
+        for chunk in prompt_chunks(prompts, made.plan.prefill_chunk):
+            state, _ = made.steps.prefill(made.weights.params, made.weights.store, state, chunk, sampling, mode=mode)
+        return cls(made, state, sampling, mode)
+
+    def plain(self, num_steps: int = NEW) -> list[list[int]]:
+        weights, count = self.engine.weights, jnp.asarray(num_steps, jnp.int32)
+        self.state, emitted = self.engine.steps.decode(
+            weights.params, weights.store, self.state, self.sampling, count, capacity=NEW, mode=self.mode
+        )
+        return [row[row != NO_TOKEN].tolist() for row in np.asarray(emitted.token_ids)]
+
+    def drafted(
+        self, config: DraftConfig, most: int, num_cycles: int = NEW, num_draft_tokens: int | None = None
+    ) -> tuple[list[list[int]], Verified]:
+        """Cycles that draft so many tokens; as many as there may be, unless told otherwise."""
+        steps = SpeculativeSteps(self.engine.steps, config, most)
+        weights, count = self.engine.weights, jnp.asarray(num_cycles, jnp.int32)
+        self.state, _, verified = steps.decode(
+            weights.params,
+            weights.store,
+            self.state,
+            draft.start(config, self.state.experts, distances()),
+            distances(),
+            self.sampling,
+            jnp.asarray(most if num_draft_tokens is None else num_draft_tokens, jnp.int32),
+            count,
+            capacity=NEW,
+            mode=self.mode,
+        )
+        ends = np.asarray(verified.num_tokens)
+        return [row[:n].tolist() for row, n in zip(np.asarray(verified.token_ids), ends, strict=True)], verified
+
+    def close(self) -> None:
+        self.engine.give_back(self.state)
+
+
+def both(made: Engine, config: DraftConfig, num_draft_tokens: int, kind: str, num_prompts: int = 3, **options):
+    """Tokens by plain decoding and by drafts, and what the drafts counted."""
+    prompts = models.prompts(*[5, 17, 9][:num_prompts])
+    budgets = options.pop("budgets", None)
+    made_params = requests(kind, num_prompts, **options.pop("changes", {}))
+    runs = []
+    for drafts in (False, True):
+        run = Run.begin(made, prompts, made_params, budgets=budgets, **options)
+        runs.append(run.drafted(config, num_draft_tokens) if drafts else run.plain())
+        run.close()
+    return runs[0], *runs[1]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "full", "truncated"])
+@pytest.mark.parametrize(("num_draft_tokens", "num_experts"), [(1, 1), (3, 2), (5, 4)])
+def test_the_tokens_are_those_of_plain_decoding(kind: str, num_draft_tokens: int, num_experts: int) -> None:
+    plain, drafted, verified = both(engine(), DraftConfig(num_experts), num_draft_tokens, kind)
+    assert drafted == plain
+    assert all(len(row) == NEW - 1 for row in plain), "the prompt's own token came before"
+    cycles, rows = int(verified.num_cycles), 3
+    assert int(verified.accepted) <= int(verified.proposed) <= cycles * num_draft_tokens * rows
+    assert cycles <= NEW
+
+
+@pytest.mark.parametrize("policy", ["hot", "hot_temporal", "hot_global", "random", "resident"])
+@pytest.mark.parametrize("missing", ["reroute", "substitute", "drop"])
+def test_no_draft_set_changes_a_token(policy, missing) -> None:
+    plain, drafted, _ = both(engine(), DraftConfig(2, policy=policy, missing=missing), 3, "full")
+    assert drafted == plain
+
+
+@pytest.mark.parametrize("expert_slots", [2, 5, 8])
+def test_slots_change_no_token(expert_slots: int) -> None:
+    """With two, every verification needs more than there are and goes in waves."""
+    plain, drafted, _ = both(engine(expert_slots), DraftConfig(2), 3, "greedy")
+    assert drafted == plain
+
+
+def test_with_all_experts_every_draft_is_accepted() -> None:
+    _, _, verified = both(engine(8), DraftConfig(8, policy="resident"), 3, "full", num_prompts=1)
+    assert int(verified.accepted) >= NEW - 1 - int(verified.num_cycles)
+    assert int(verified.num_cycles) == -(-(NEW - 1) // 4)
+
+
+def test_sequences_end_each_in_its_own_time() -> None:
+    plain, drafted, _ = both(engine(), DraftConfig(3), 4, "full", budgets=[3, NEW, 11])
+    assert drafted == plain
+    assert [len(row) for row in drafted] == [2, NEW - 1, 10]
+
+
+def test_an_end_of_sequence_inside_a_draft_ends_it() -> None:
+    changes = {"ignore_eos": False}
+    free, _, _ = both(engine(8), DraftConfig(8), 4, "full", changes={"ignore_eos": True})
+    eos = tuple({row[2 + n] for n, row in enumerate(free)})  # different places of different sequences
+    plain, drafted, _ = both(engine(8), DraftConfig(8), 4, "full", changes=changes, eos=eos)
+    assert drafted == plain
+    assert all(row[-1] in eos for row in drafted)
+    assert len({len(row) for row in drafted}) > 1
+
+
+def test_nothing_of_a_draft_stays_behind() -> None:
+    """After a few cycles, plain decoding goes on as if there had been none; so do another's cycles."""
+    prompts, params = models.prompts(6, 11), requests("full", 2)
+    plain = Run.begin(engine(), prompts, params)
+    whole = plain.plain()
+    plain.close()
+    mixed = Run.begin(engine(), prompts, params)
+    first, _ = mixed.drafted(DraftConfig(2), 3, num_cycles=2)
+    lengths = np.asarray(mixed.state.cache.lengths)
+    np.testing.assert_array_equal(lengths, [6 + len(first[0]), 11 + len(first[1])])
+    second = mixed.plain(4)
+    third, _ = mixed.drafted(DraftConfig(3, policy="random"), 5)
+    mixed.close()
+    assert [a + b + c for a, b, c in zip(first, second, third, strict=True)] == whole
+
+
+def test_a_batch_is_as_each_alone() -> None:
+    prompts, params = models.prompts(5, 17, 9), requests("full", 3)
+    together = Run.begin(engine(), prompts, params)
+    rows, _ = together.drafted(DraftConfig(2), 3)
+    together.close()
+    for n in range(3):
+        alone = Run.begin(engine(), prompts[n : n + 1], params[n : n + 1])
+        assert alone.drafted(DraftConfig(2), 3)[0] == [rows[n]]
+        alone.close()
+
+
+def test_how_many_are_drafted_can_change_from_call_to_call() -> None:
+    prompts, params = models.prompts(6, 11), requests("full", 2)
+    plain = Run.begin(engine(), prompts, params)
+    whole = plain.plain()
+    plain.close()
+    run = Run.begin(engine(), prompts, params)
+    pieces, proposed = [], []
+    for num_draft_tokens in (0, 3, 1, 2, 0, 3, 3, 3):
+        rows, verified = run.drafted(DraftConfig(3), 3, num_cycles=2, num_draft_tokens=num_draft_tokens)
+        pieces.append(rows)
+        proposed.append(int(verified.proposed))
+    run.plain(NEW)
+    run.close()
+    joined = [[token for rows in pieces for token in rows[n]] for n in range(2)]
+    assert [row[: len(part)] for row, part in zip(whole, joined, strict=True)] == joined
+    assert proposed[:5] == [0, 12, 4, 8, 0], "cycles x sequences x tokens"
+
+
+def test_it_compiles_once_for_a_shape() -> None:
+    run = Run.begin(engine(), models.prompts(5), requests("greedy", 1))
+    run.drafted(DraftConfig(2), 2, num_cycles=1)
+    size = SpeculativeSteps.decode._cache_size()
+    run.drafted(DraftConfig(2), 2, num_cycles=3)
+    run.close()
+    other = Run.begin(engine(), models.prompts(9, seed=3), requests("greedy", 1, seed=5))
+    other.drafted(DraftConfig(2), 2)
+    other.close()
+    assert SpeculativeSteps.decode._cache_size() == size
+
+
+# The draft set
+
+
+def test_the_hottest_are_kept_and_ties_go_to_the_first() -> None:
+    heat = jnp.asarray([[1.0, 5, 3, 5], [0, 0, 0, 0]])
+    assert hottest(heat, 2).tolist() == [[False, True, False, True], [True, True, False, False]]
+
+
+def test_a_stand_in_is_the_nearest_kept_expert() -> None:
+    far = jnp.asarray([[[0.0, 1, 2], [1, 0, 3], [2, 3, 0]]])
+    assert nearest_kept(jnp.asarray([[False, True, True]]), far).tolist() == [[1, 1, 2]]
+    assert nearest_kept(jnp.asarray([[True, False, False]]), far).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("policy", ["hot", "random", "resident"])
+def test_only_residents_are_kept(policy) -> None:
+    slots = engine(3)._slots
+    residents = np.asarray(draft.resident_experts(slots))
+    config = DraftConfig(2, policy=policy)
+    heat = jnp.where(residents, 0.0, 9.0)  # the hottest have no slot
+    found = draft.refresh(config, draft.start(config, slots), heat, slots)
+    kept = np.asarray(found.stand_in) != NONE
+    assert not (kept & ~residents).any()
+    assert (kept.sum(axis=1) == (3 if policy == "resident" else 2)).all()
+
+
+ROUTED = Routing(
+    jnp.asarray([[0, 1], [2, 0], [1, 3], [4, 4]]),  # the last is no token
+    jnp.asarray([[0.2, 0.6], [0.5, 0.3], [0.4, 0.4], [0, 0]]),
+    jnp.log(jnp.asarray([[0.2, 0.6, 0.1, 0.1], [0.3, 0.1, 0.5, 0.1], [0.1, 0.4, 0.1, 0.4], [0.25] * 4])),
+)
+
+
+def test_what_is_dropped_leaves_its_weight_to_the_others() -> None:
+    kept = substituted(ROUTED, jnp.asarray([0, NONE, 2, NONE]))
+    assert kept.expert_ids.tolist() == [[0, 4], [2, 0], [4, 4], [4, 4]]
+    np.testing.assert_allclose(kept.combine_weights, [[0.8, 0], [0.5, 0.3], [0, 0], [0, 0]], atol=1e-6)
+
+
+def test_a_stand_in_takes_the_weight_of_what_it_stands_for() -> None:
+    kept = substituted(ROUTED, jnp.asarray([0, 0, 2, 2]))
+    assert kept.expert_ids.tolist() == [[0, 0], [2, 0], [0, 2], [4, 4]]
+    np.testing.assert_allclose(kept.combine_weights, ROUTED.combine_weights, atol=1e-6)
+
+
+def test_rerouting_takes_the_routers_next_best() -> None:
+    kept = rerouted(ROUTED, jnp.asarray([0, NONE, 2, NONE]))
+    assert kept.expert_ids.tolist() == [[0, 2], [2, 0], [0, 2], [4, 4]]
+    np.testing.assert_allclose(
+        kept.combine_weights, [[0.8 * 2 / 3, 0.8 / 3], [0.5, 0.3], [0.4, 0.4], [0, 0]], atol=1e-6
+    )
+    alone = rerouted(ROUTED, jnp.asarray([NONE, NONE, NONE, 3]))
+    assert alone.expert_ids.tolist() == [[3, 4], [3, 4], [3, 4], [4, 4]], "fewer are kept than a token has"
+    np.testing.assert_allclose(alone.combine_weights, [[0.8, 0], [0.8, 0], [0.8, 0], [0, 0]], atol=1e-6)
+
+
+def test_heat_fades_as_the_policy_says() -> None:
+    slots = engine(8)._slots
+    counts = [jnp.zeros((2, 8)).at[:, n].set(4.0) for n in (3, 5)]
+    for policy, wanted in (("hot", [3.6, 4.0]), ("hot_temporal", [0.0, 4.0]), ("hot_global", [4.0, 4.0])):
+        config = DraftConfig(1, policy=policy)  # type: ignore[arg-type]
+        found = draft.start(config, slots)
+        for each in counts:
+            found = draft.refresh(config, found, each, slots)
+        np.testing.assert_allclose(found.heat[0, [3, 5]], wanted)
+        assert found.stand_in[0].tolist().index(int(np.argmax(found.heat[0]))) == (3 if policy == "hot_global" else 5)
+
+
+def test_substitution_needs_distances() -> None:
+    with pytest.raises(ValueError, match='missing="substitute" needs the distances'):
+        draft.start(DraftConfig(1, missing="substitute"), engine(8)._slots)
+
+
+def test_distances_are_those_of_the_weights() -> None:
+    layer = np.random.default_rng(0).normal(size=(5, 3, 4, 6)).astype(np.float32)
+    flat = layer.reshape(5, -1)
+    wanted = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
+    got = np.asarray(expert_distances(jnp.asarray(layer)))
+    np.testing.assert_allclose(got / got.mean(), wanted / wanted.mean(), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DraftConfig(0), "draft experts=0 must be at least 1"),
+        (lambda: DraftConfig(1, policy="best"), "policy='best' is unknown; expected one of hot, hot_temporal"),  # type: ignore[arg-type]
+        (lambda: SpeculativeSteps(engine().steps, DraftConfig(1), 0), "draft tokens=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_dynamic_rope_is_refused() -> None:
+    config = dataclasses.replace(SMALL, rope=RopeConfig(rope_type="dynamic", factor=2.0))
+    with pytest.raises(ValueError, match="does not go with rope_type 'dynamic'"):
+        SpeculativeSteps(dataclasses.replace(engine().steps, config=config), DraftConfig(1), 2)
