@@ -19,8 +19,10 @@ from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
 from jmoe.model.families import trunk_shapes
+from jmoe.model.kv_cache import kv_shape
 from jmoe.tokenizer import Tokenizer
 from kernels_pallas import backends
+from kernels_pallas.decode_attention import api as decode_attention_api
 from kernels_pallas.expert_mlp import api as expert_mlp_api
 from kernels_pallas.fetch import api as fetch_api
 
@@ -85,7 +87,7 @@ class Engine:
         say = announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
         plan = plan_for(config, runtime, trunk_bytes=trunk_bytes)
-        for line in ["memory plan:", *plan.lines(), _device_line(runtime)]:
+        for line in ["memory plan:", *plan.lines(), _device_line(config, runtime, plan)]:
             say(line)
         ceiling = memory.measure_link_gbps() if runtime.measure_link else None
         if ceiling:
@@ -230,10 +232,21 @@ class Engine:
         )
 
 
-def _device_line(runtime: RuntimeConfig) -> str:
-    """The device and which implementation of each kernel runs on it, and why if that is not the fastest."""
-    name = runtime.implementation
-    chosen = {"fetch": fetch_api.resolve(name), "expert_mlp": expert_mlp_api.resolve(name)}
+def _device_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
+    """The device and which implementation of each kernel decodes on it, and why if that is not the fastest."""
+    name, batch, heads = runtime.implementation, plan.batch_size, config.num_attention_heads
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, config.dtype)
+
+    rows, slots = array(batch, config.hidden_size), array(plan.layout.slots_per_layer, *config.expert_shape)
+    qkv = array(batch, (heads + 2 * config.num_key_value_heads) * config.head_dim)
+    keys = array(*kv_shape(config, batch, plan.max_seq_len))
+    chosen = {
+        "fetch": fetch_api.resolve(name),
+        "expert_mlp": expert_mlp_api.choose(name, rows, slots),
+        "decode_attention": decode_attention_api.choose(name, qkv, keys, heads),
+    }
     problem = backends.mosaic_gpu_problem()
     why = f" ({problem})" if problem and name is None else ""
     kernels = ", ".join(f"{operation} {chosen[operation]}" for operation in chosen)

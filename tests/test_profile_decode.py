@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools import profile_decode
-from tools.profile_decode import Kernel, report, scope_of, totals
+from tools.profile_decode import Kernel, report, scope_of, scopes, totals
 
 TINY = str(Path(__file__).parent.parent / "configs" / "models" / "tiny.toml")
 
@@ -23,6 +23,15 @@ TINY = str(Path(__file__).parent.parent / "configs" / "models" / "tiny.toml")
 )
 def test_the_scope_is_the_last_that_is_known(path: str, scope: str) -> None:
     assert scope_of(path) == scope
+
+
+def test_kernels_have_the_scopes_of_their_instructions() -> None:
+    text = """
+  %input_reduce_fusion.18 = f32[8]{0} fusion(%a), kind=kInput, metadata={op_name="jit(decode)/while/body/head/dot"}
+  ROOT %loop_add_fusion = s32[] fusion(%b), metadata={op_name="jit(decode)/while/body/add"}
+  %no_metadata.1 = s32[] add(%b, %b)
+"""
+    assert scopes(text) == {"input_reduce_fusion_18": "head", "loop_add_fusion": "other"}
 
 
 def test_times_and_counts_are_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,22 +11,24 @@ import json
 import re
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
-from jmoe.decoding.sampling import SamplingParams
+from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
+from jmoe.decoding.step import Steps
 from jmoe.engine import Engine
 from tools.random_weights import random_weights
 from tools.workload import Lengths, random_workload
 
 SCOPES = ("attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
 OTHER = "other"
+KERNEL_SCOPES = {"body_mosaic_gpu_kernel": "experts"}  # a Pallas kernel has the name of its function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.trace or Path(scratch)
         steps = profile(engine, options, directory)
-        report(list(kernels(directory)), steps, options.longest)
+        report(list(kernels(directory, scopes(compiled_text(engine)))), steps, options.longest)
 
 
 def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
@@ -102,7 +104,35 @@ def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int
         return sum(len(delta.token_ids) for delta in generation if delta.index == 0)
 
 
-def kernels(directory: Path) -> Iterator[Kernel]:
+def compiled_text(engine: Engine) -> str:
+    """XLA's program of the decode step, whose instructions give kernels their names."""
+    weights, batch = engine.weights, engine.plan.batch_size
+    params = [SamplingParams(temperature=1.0, ignore_eos=True)] * batch
+    state = engine.new_state(batch, [1] * batch)
+    lowered = Steps.decode.lower(
+        engine.steps,
+        weights.params,
+        weights.store,
+        state,
+        batch_sampling(params, ()),
+        jnp.asarray(1, jnp.int32),
+        capacity=engine.runtime.decode_chunk,
+        mode=sampling_mode(params),
+    )
+    engine.give_back(state)
+    return lowered.compile().as_text() or ""
+
+
+def scopes(text: str) -> dict[str, str]:
+    """The scope of each instruction of a compiled program, by the name that its kernel has."""
+    found = {}
+    for line in text.splitlines():
+        if match := re.match(r'\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', line):
+            found[re.sub(r"[.-]", "_", match[1])] = scope_of(match[2])
+    return found
+
+
+def kernels(directory: Path, scope_by_name: Mapping[str, str]) -> Iterator[Kernel]:
     """What ran on the device, from the newest trace below `directory`. Raises RuntimeError if there is none."""
     files = sorted(directory.rglob("*.xplane.pb"))
     if not files:
@@ -112,15 +142,9 @@ def kernels(directory: Path) -> Iterator[Kernel]:
             continue
         for line in plane.lines:
             if line.name.startswith("Stream"):
-                yield from (_kernel(event) for event in line.events)
-
-
-def _kernel(event: Any) -> Kernel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the profiler's own bindings
-        stats = {str(name): str(value) for name, value in event.stats}
-    path = " ".join(stats.get(name, "") for name in ("name", "tf_op", "hlo_op", "long_name"))
-    return Kernel(event.name, scope_of(path), event.start_ns, event.duration_ns)
+                for event in line.events:
+                    scope = scope_by_name.get(event.name, KERNEL_SCOPES.get(event.name, OTHER))
+                    yield Kernel(event.name, scope, event.start_ns, event.duration_ns)
 
 
 def scope_of(path: str) -> str:

@@ -29,7 +29,9 @@ class KVCache:
 
 
 def kv_shape(config: ModelConfig, batch_size: int, max_seq_len: int) -> tuple[int, int, int, int]:
-    return (batch_size, max_seq_len, config.num_key_value_heads, config.head_dim)
+    """Room for `max_seq_len` positions, in whole eights: the attention kernel reads no other number."""
+    num_positions = -(-max_seq_len // 8) * 8
+    return (batch_size, num_positions, config.num_key_value_heads, config.head_dim)
 
 
 def kv_bytes(config: ModelConfig, batch_size: int, max_seq_len: int) -> int:
