@@ -110,6 +110,11 @@ def test_random_prompts_take_no_file(capsys: pytest.CaptureFixture[str]) -> None
     assert "--prompts: not allowed with --config" in capsys.readouterr().err
 
 
+def test_nothing_to_time_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ask for more --new-tokens than --decode-chunk"):
+        timing([], batch_size=1)
+
+
 def test_timing_by_hand() -> None:
     made = timing([(2, 0.008), (1, 0.002), (4, 0.012), (1, 0.009), (1, 0.005)], batch_size=3)
     assert made["ms_per_step"] == pytest.approx(4)  # of 2, 3, 4, 5 and 9
