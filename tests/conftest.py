@@ -1,6 +1,7 @@
 """Where the tests run: on the CPU, unless `-m gpu` asks for the ones that need a GPU."""
 
 import re
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -31,3 +32,10 @@ def why_no_gpu(config: pytest.Config) -> str | None:
         return "needs a GPU, and this run is on the CPU; where there is a GPU: uv run pytest -m gpu"
     backend = jax.default_backend()
     return None if backend == "gpu" else f"needs a GPU, and JAX finds {backend} only"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_more_programs_than_a_modules() -> Iterator[None]:
+    """Forgets compiled programs: each maps memory, and a process may have so many mappings (65530) and no more."""
+    yield
+    jax.clear_caches()
