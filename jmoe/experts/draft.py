@@ -20,8 +20,8 @@ from kernels_pallas.expert_mlp.api import expert_mlp
 DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "random", "resident"]
 Missing = Literal["reroute", "substitute", "drop"]
 
-# What is left of a count after each verification. Between the paper's two, and better than both on the demo model
-# (docs/speculative.md).
+# What is left of a count after each verification. "hot" lies between the paper's two policies, and accepts most where
+# few experts are kept (docs/speculative.md).
 _REMEMBERED = {"hot": 0.9, "hot_temporal": 0.0, "hot_global": 1.0}
 
 
