@@ -3,7 +3,8 @@
     python -m tools.compare_slot_pools --config configs/models/qwen3-30b-a3b.toml --layers 12 --regime flat
 
 Records which experts the routers ask for while every expert is on the device, then replays that against an LRU over
-all slots and against one LRU a layer (as jmoe does it: a step that needs more than a layer has leaves it alone).
+all slots and against one LRU a layer, which a step that needs more than it has leaves alone (the engine's own policies:
+tools/simulate_residency.py).
 Times the real `admit` at both sizes. Prints a table, and one line of JSON last.
 """
 
