@@ -1,7 +1,8 @@
 """Times the kernels on the device beside their bounds measured in the same run: python -m tools.bench_kernels.
 
 expert_mlp is bound by reading the weights of the groups asked for: the bound is their bytes at the bandwidth of a pass
-over a gigabyte of device memory (read and written). decode_attention likewise by the keys and values
+over a gigabyte of device memory (read and written), and for a prefill also by arithmetic: a plain matrix product of as
+much of it, if that takes longer. decode_attention likewise by the keys and values
 that it sees. fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call
 reads other slots, or another KV cache, than the one before, so that no cache of the GPU can serve them. A time is
 that of one call among many in one program, each needing the result of the one before, less the loop around them.
@@ -11,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import statistics
 import sys
 import time
@@ -25,16 +25,23 @@ import numpy as np
 from jmoe import memory
 from kernels_pallas import backends
 from kernels_pallas.decode_attention import specs as decode_attention_specs
-from kernels_pallas.expert_mlp import api as expert_mlp_api
-from kernels_pallas.expert_mlp import reference
 from kernels_pallas.expert_mlp import specs as expert_mlp_specs
 from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.fetch import specs as fetch_specs
-from tools import bench_attention
+from tools import bench_attention, bench_expert_mlp
 
 CALLS = 16  # in the body of the timed loop: its own overhead is shared by as many
 DEFAULTS = {
-    "expert_mlp": ["qwen3_30b_decode", "two_rows", "batch_of_4", "batch_of_8", "batch_of_32", "qwen3_235b_decode"],
+    "expert_mlp": [
+        "qwen3_30b_decode",
+        "two_rows",
+        "batch_of_4",
+        "batch_of_8",
+        "batch_of_32",
+        "qwen3_235b_decode",
+        "prefill_512",
+        "prefill_8192",
+    ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
     "fetch": ["qwen3_30b", "single", "full"],
 }
@@ -59,10 +66,18 @@ class Row:
 
     @classmethod
     def of(
-        cls, op: str, spec: str, implementation: str, us: float, num_bytes: int, bound_gbps: float, error: float
+        cls,
+        op: str,
+        spec: str,
+        implementation: str,
+        us: float,
+        num_bytes: int,
+        bound_gbps: float,
+        error: float,
+        least_us: float = 0.0,
     ) -> "Row":
-        """Of a call that has to move `num_bytes`."""
-        bound_us, gbps = num_bytes / bound_gbps / 1e3, num_bytes / us / 1e3
+        """Of a call that has to move `num_bytes`, and takes `least_us` for another reason."""
+        bound_us, gbps = max(least_us, num_bytes / bound_gbps / 1e3), num_bytes / us / 1e3
         return cls(op=op, spec=spec, implementation=implementation, us=us, bound_us=bound_us, gbps=gbps, error=error)
 
     @property
@@ -169,73 +184,13 @@ def _seconds(run: Callable[..., Any], arguments: tuple, repeats: int) -> float:
 
 
 def _bench_expert_mlp(spec: expert_mlp_specs.ExpertMlpSpec, gbps: float, options: argparse.Namespace):
-    key = jax.random.key(0)
-    x = jax.random.normal(key, spec.x_shape, spec.dtype)
-    slots = _random_slots(jax.random.fold_in(key, 1), spec.slots_shape, spec.dtype)
-    group_slots, group_weights = map(jnp.asarray, spec.groups())
-    wanted = _in_float32(x, slots, group_slots, group_weights)
-    num_bytes = sum(size > 0 for size in spec.group_sizes) * math.prod(spec.slots_shape[1:]) * slots.dtype.itemsize
-    empty = _seconds(_calls(lambda x, *_: x.astype(jnp.float32), spec, options.iterations), (x, slots), options.repeats)
-    for name, function in _expert_mlp_implementations(x, slots):
-        got = jax.jit(function)(x, slots, group_slots, group_weights)
-        seconds = _seconds(_calls(function, spec, options.iterations), (x, slots), options.repeats) - empty
-        us = 1e6 * seconds / (options.iterations * CALLS)
-        error = float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted)))
-        yield Row.of("expert_mlp", spec.name, name, us, num_bytes, gbps, error)
+    num_bytes = bench_expert_mlp.num_bytes(spec)
 
+    def seconds(run: Callable, arguments: tuple) -> float:
+        return _seconds(run, arguments, options.repeats)
 
-def _random_slots(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """One slot after another: random bits for all at once would take several times their memory."""
-    std = jnp.asarray(1 / math.sqrt(shape[-1]), dtype)
-
-    def one(key: jax.Array) -> jax.Array:
-        return jax.random.normal(key, shape[1:], dtype) * std
-
-    return jax.jit(lambda key: jax.lax.map(one, jax.random.split(key, shape[0])))(key)
-
-
-def _expert_mlp_implementations(x, slots) -> list[tuple[str, Callable]]:
-    """Each form of the kernels that can do it, and the reference."""
-    found: list[tuple[str, Callable]] = []
-    if backends.mosaic_gpu_problem() is None:
-        from kernels_pallas.expert_mlp import mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_wgmma
-
-        preferred = mosaic_gpu.form(x, slots)
-        for name, form in (("fma", mosaic_gpu_fma), ("wgmma", mosaic_gpu_wgmma)):
-            if form.problem(x, slots) is None:
-                found.append((f"{name}{' (chosen)' if form is preferred else ''}", form.expert_mlp))
-    expert_mlp = functools.partial(expert_mlp_api.expert_mlp, implementation="reference")
-    return [*found, ("reference", expert_mlp)]
-
-
-def _calls(function: Callable, spec: expert_mlp_specs.ExpertMlpSpec, iterations: int) -> Callable:
-    """A program of iterations * CALLS calls, each with the weights of other slots, each after the one before."""
-    group_slots, group_weights = spec.groups()
-    moved = [jnp.asarray((group_slots + n * spec.num_groups) % spec.num_slots, jnp.int32) for n in range(CALLS)]
-    weights = jnp.asarray(group_weights)
-
-    @jax.jit
-    def run(x, slots):
-        def body(_, y):
-            for at in moved:
-                y = function((x + 1e-6 * y).astype(x.dtype), slots, at, weights)
-            return y
-
-        return jax.lax.fori_loop(0, iterations, body, jnp.zeros(x.shape, jnp.float32))
-
-    return run
-
-
-def _in_float32(x, slots, group_slots, group_weights) -> jax.Array:
-    """The reference in float32 at highest precision, a group at a time."""
-
-    @jax.jit
-    def one(slot, weights):
-        expert = slots[slot][None].astype(jnp.float32)
-        return reference.expert_mlp(x.astype(jnp.float32), expert, jnp.zeros(1, jnp.int32), weights[None])
-
-    with jax.default_matmul_precision("highest"):
-        return functools.reduce(jnp.add, [one(*group) for group in zip(group_slots, group_weights, strict=True)])
+    for name, us, error, least_us in bench_expert_mlp.measure(spec, options.iterations * CALLS, CALLS, seconds):
+        yield Row.of("expert_mlp", spec.name, name, us, num_bytes, gbps, error, least_us)
 
 
 def _bench_decode_attention(spec: decode_attention_specs.DecodeAttentionSpec, gbps: float, options: argparse.Namespace):

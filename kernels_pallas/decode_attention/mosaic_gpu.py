@@ -101,7 +101,7 @@ def _combine(shape: Shape, num_splits: int, interpret):
     tiling = plgpu.Tiling(((lane_rows, shape.head_dim), (lane_rows, shape.head_dim // WARPS), (vector,)))
     layout = plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
-    def body(positions, valid, sums, stats, out):
+    def add_parts(positions, valid, sums, stats, out):
         sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
         kv_head, row = lax.div(head, shape.group), lax.rem(head, shape.group)
         _, num_tiles = shape.tiles_of(positions[sequence], valid[sequence])
@@ -122,7 +122,7 @@ def _combine(shape: Shape, num_splits: int, interpret):
         out[sequence, head] = (summed / jnp.where(total > 0.0, total, 1.0)).astype(out.dtype)
 
     return plgpu.kernel(
-        body,
+        add_parts,
         out_type=jax.ShapeDtypeStruct((shape.batch, shape.num_heads, shape.head_dim), shape.dtype),
         grid=(shape.num_heads, shape.batch),
         grid_names=("head", "sequence"),

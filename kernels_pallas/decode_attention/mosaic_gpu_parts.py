@@ -32,7 +32,7 @@ def parts(shape: Shape, num_splits: int, num_stages: int, eps: float, interpret)
     lead = (shape.batch, shape.num_kv_heads, num_splits)
     tiles = plgpu.SMEM((num_stages, TILE, shape.head_dim), shape.dtype, transforms=halves)
     return plgpu.kernel(
-        _Attend(shape, num_splits, num_stages, eps).body,
+        _Attend(shape, num_splits, num_stages, eps).attend,
         out_type=(
             jax.ShapeDtypeStruct((*lead, shape.num_rows, shape.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*lead, 2, shape.num_rows), jnp.float32),
@@ -70,7 +70,7 @@ class _Attend:
     num_stages: int
     eps: float
 
-    def body(self, positions, valid, heads, q_scale, k_scale, cos, sin, keys, values, sums, stats, *scratch):
+    def attend(self, positions, valid, heads, q_scale, k_scale, cos, sin, keys, values, sums, stats, *scratch):
         # positions, valid [B]; heads [B, N + 2K, 2, H/2]; q_scale, k_scale [2, H/2]; cos, sin [B, H/2]
         # keys, values [B, S, K, H]; sums [B, K, P, rows, H]; stats [B, K, P, 2, rows]
         # shared memory: key_tiles, value_tiles [stages, TILE, H] or sums_here [M, H], queries [M, H],

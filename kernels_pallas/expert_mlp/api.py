@@ -6,13 +6,22 @@ from kernels_pallas import backends
 from kernels_pallas.expert_mlp import dense, reference
 
 
-def _mosaic_gpu(x, slots, group_slots, group_weights):
+def _mosaic_gpu(x, slots, group_slots, group_weights, max_groups_per_row):
     from kernels_pallas.expert_mlp import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
 
-    return mosaic_gpu.expert_mlp(x, slots, group_slots, group_weights)
+    return mosaic_gpu.expert_mlp(x, slots, group_slots, group_weights, max_groups_per_row=max_groups_per_row)
 
 
-IMPLEMENTATIONS = {"reference": reference.expert_mlp, "dense": dense.expert_mlp, "mosaic_gpu": _mosaic_gpu}
+def _of_all_rows(expert_mlp):
+    """An implementation that multiplies every row with every group, whatever groups it is in."""
+    return lambda x, slots, group_slots, group_weights, _: expert_mlp(x, slots, group_slots, group_weights)
+
+
+IMPLEMENTATIONS = {
+    "reference": _of_all_rows(reference.expert_mlp),
+    "dense": _of_all_rows(dense.expert_mlp),
+    "mosaic_gpu": _mosaic_gpu,
+}
 
 
 def resolve(implementation: str | None) -> str:
@@ -36,6 +45,7 @@ def expert_mlp(
     group_slots: Int[Array, " G"],
     group_weights: Float[Array, "G T"],
     *,
+    max_groups_per_row: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
     """Sum over groups g of group_weights[g, t] * swiglu(x[t], slots[group_slots[g]]), float32.
@@ -45,11 +55,15 @@ def expert_mlp(
     valid slot, and its weights may stay unread. The order of all sums depends on the number of groups asked for and on
     shapes alone, so the same groups give the same bits wherever their weights lie.
 
-    mosaic_gpu is the form for decode steps: up to 32 rows of 16 bit, or 4 of float32, where D is a multiple of 256 (see
+    max_groups_per_row is the caller's word that no row is in more groups than that (of a row that is, some may be left
+    out); for more than 32 rows mosaic_gpu has lists and buffers for as many, where None means for all G.
+
+    mosaic_gpu has forms for decode steps, up to 32 rows of 16 bit where D is a multiple of 128, or 4 of any dtype where
+    it is one of 256, and one for prefill, any more rows of 16 bit where D and F are multiples of 64 (see
     `mosaic_gpu.problem`); it has no gradient. For implementation=None other calls go to the reference.
 
-    Raises ValueError for shapes that do not fit, NotImplementedError for an implementation that cannot run here or
-    cannot do these shapes.
+    Raises ValueError for shapes that do not fit or a max_groups_per_row below 1, NotImplementedError for an
+    implementation that cannot run here or cannot do these shapes.
     """
     if slots.ndim != 4 or slots.shape[1] != 3 or slots.shape[3] != x.shape[1]:
         raise ValueError(f"expert_mlp: slots {slots.shape} must be [R, 3, F, D] with D={x.shape[1]}, the width of x")
@@ -57,4 +71,9 @@ def expert_mlp(
         raise ValueError(
             f"expert_mlp: group_weights {group_weights.shape} must be [G, T] = {(group_slots.shape[0], x.shape[0])}"
         )
-    return IMPLEMENTATIONS[choose(implementation, x, slots)](x, slots, group_slots, group_weights)
+    if max_groups_per_row is not None and max_groups_per_row < 1:
+        raise ValueError(
+            f"expert_mlp: max_groups_per_row={max_groups_per_row} must be at least 1, or None for any number"
+        )
+    chosen = IMPLEMENTATIONS[choose(implementation, x, slots)]
+    return chosen(x, slots, group_slots, group_weights, max_groups_per_row)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.expert_mlp.asked import AskedGroups
+from kernels_pallas.host_view import device_view
 
 COLUMNS = 256  # of a tile: the most elements of one dimension of a TMA box
 ITEM_ROWS = 4  # hidden units of an item: one for each warp of a warpgroup
@@ -77,6 +78,10 @@ class Shape:
         """Tiles whose products are one stretch of code: enough to hide loads, few enough to compile fast."""
         return math.gcd(self.num_tiles, max(1, 8 // self.num_rows))
 
+    def slots(self, slots) -> tuple[int, ...]:
+        """How the kernel sees the slots, or the store: [R, 3F, n, 256]."""
+        return slots.shape[0], 3 * self.num_hidden, self.num_tiles, COLUMNS
+
     def shared_bytes(self, num_warpgroups: int) -> int:
         ring = 3 * ITEM_ROWS * self.width * self.itemsize
         rows = self.num_rows * self.width
@@ -113,7 +118,29 @@ def problem(x, slots) -> str | None:
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
 def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(), interpret=None):
-    shape = Shape(x.shape[0], slots.shape[2], x.shape[1], x.dtype.itemsize)
+    """Of slots that hold every expert asked for."""
+    shape = shape_of(x, slots)
+    return _run(x, (slots.reshape(shape.slots(slots)),), group_slots, group_weights, shape, config, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def read_through(
+    x, store, slots, experts, group_slots, fetched, group_weights, *, config: Config = Config(), interpret=None
+):
+    """(y, slots): a group that is fetched is read from the store, and written to its slot on the way. In place."""
+    shape = shape_of(x, slots)
+    ref = jax.new_ref(slots.reshape(shape.slots(slots)))
+    weights = ref, device_view(store.reshape(shape.slots(store))), experts, fetched
+    y = _run(x, weights, group_slots, group_weights, shape, config, interpret)
+    return y, jax.freeze(ref).reshape(slots.shape)
+
+
+def shape_of(x, slots) -> Shape:
+    return Shape(x.shape[0], slots.shape[2], x.shape[1], x.dtype.itemsize)
+
+
+def _run(x, weights, group_slots, group_weights, shape: Shape, config: Config, interpret):
+    """`weights` are the slots, and what else is needed to read through them."""
     num_warpgroups = shape.num_warpgroups(config.max_warpgroups)
     row = (shape.num_tiles, COLUMNS)
     kernel = plgpu.kernel(
@@ -134,10 +161,9 @@ def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(
         ],
         interpret=interpret,
     )
-    weights = group_weights.astype(jnp.float32)
-    asked = weights[:, 0] if shape.num_rows == 1 else jnp.max(jnp.abs(weights), axis=1)
-    rows = slots.reshape(slots.shape[0], 3 * shape.num_hidden, *row)
-    parts = kernel(group_slots.astype(jnp.int32), asked, weights, x.reshape(shape.num_rows, *row), rows)
+    group_weights = group_weights.astype(jnp.float32)
+    asked = group_weights[:, 0] if shape.num_rows == 1 else jnp.max(jnp.abs(group_weights), axis=1)
+    parts = kernel(group_slots.astype(jnp.int32), asked, group_weights, x.reshape(shape.num_rows, *row), *weights)
     return jnp.sum(parts, axis=0).reshape(x.shape)
 
 
@@ -147,10 +173,12 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
     num_rows, num_tiles = shape.num_rows, shape.num_tiles
     strided = plgpu.Layout.WG_STRIDED((num_tiles, COLUMNS), shape.strided_vector)
 
-    def body(group_slots, asked, weights, x, slots, out, tiles, x_here, hidden, sums, arrived, x_arrived, summed):
+    def multiply_groups(group_slots, asked, weights, x, slots, *refs):
         # group_slots, asked [G], weights [G, T]; x [T, n, 256]; slots [R, 3F, n, 256]; out [num_blocks, T, n, 256]
+        # to read through: store [E, 3F, n, 256] (host), experts, fetched [G]
         # shared memory: tiles [warpgroups, 3, 4, n, 256], x_here [T, n, 256], hidden [warpgroups, T, 4],
         # sums [warpgroups - 1, T, n, 256]; arrived [3 warpgroups]
+        *through, out, tiles, x_here, hidden, sums, arrived, x_arrived, summed = refs
         block, mine = lax.axis_index("block"), lax.axis_index("warpgroup")
         worker = mine * num_blocks + block
         groups = AskedGroups(asked, group_slots, num_groups)
@@ -162,21 +190,49 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
             return group, slot, lax.rem(item, shape.items_per_group) * ITEM_ROWS
 
         def load(part: int, at) -> None:
-            _, slot, unit = at
-            rows = pl.ds(part * shape.num_hidden + unit, ITEM_ROWS)
-            plgpu.copy_gmem_to_smem(slots.at[slot, rows], tiles.at[mine, part], arrived.at[mine * 3 + part])
+            group, slot, unit = at
+            rows, place = pl.ds(part * shape.num_hidden + unit, ITEM_ROWS), arrived.at[mine * 3 + part]
+            if not through:
+                plgpu.copy_gmem_to_smem(slots.at[slot, rows], tiles.at[mine, part], place)
+                return
+            store, experts, fetched = through
+            pl.when(fetched[group] == 0)(
+                lambda: plgpu.copy_gmem_to_smem(slots.at[slot, rows], tiles.at[mine, part], place)
+            )
+            pl.when(fetched[group] != 0)(
+                lambda: plgpu.copy_gmem_to_smem(store.at[experts[group], rows], tiles.at[mine, part], place)
+            )
+
+        def keep(parts: tuple[int, ...], at) -> None:
+            """Sends tiles that came from the store to their slot."""
+            group, slot, unit = at
+            if through:
+
+                @pl.when(through[2][group] != 0)
+                def _():
+                    for part in parts:
+                        rows = pl.ds(part * shape.num_hidden + unit, ITEM_ROWS)
+                        plgpu.copy_smem_to_gmem(tiles.at[mine, part], slots.at[slot, rows])
+
+        def kept() -> None:
+            """The tiles that were sent have been read, and may be overwritten."""
+            if through:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         num_items = groups.count() * shape.items_per_group
         num_mine = lax.div(num_items - worker + num_workers - 1, num_workers)
 
         def turn(i, state):
-            (group, _slot, _unit), y = state
-            more, there = i + 1 < num_mine, place(i + 1)
+            here, y = state
+            group, (more, there) = here[0], (i + 1 < num_mine, place(i + 1))
             plgpu.barrier_wait(arrived.at[mine * 3])
             plgpu.barrier_wait(arrived.at[mine * 3 + 1])
+            keep((0, 1), here)
             for row, (gate, up) in enumerate(_dots(shape, x_here, tiles.at[mine, 0], tiles.at[mine, 1])):
                 hidden[mine, row] = gate * lax.logistic(gate) * up * weights[group, row]
             plgpu.commit_smem()  # all warps have read the tiles: the next ones may take their place
+
+            kept()
 
             @pl.when(more)
             def _():
@@ -184,10 +240,12 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
                 load(1, there)
 
             plgpu.barrier_wait(arrived.at[mine * 3 + 2])
+            keep((2,), here)
             for unit in range(ITEM_ROWS):
                 down = plgpu.load(tiles.at[mine, 2, unit], layout=strided).astype(jnp.float32)
                 y = [y[row] + hidden[mine, row, unit] * down for row in range(num_rows)]
             plgpu.commit_smem()
+            kept()
             pl.when(more)(lambda: load(2, there))
             return there, y
 
@@ -219,7 +277,10 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
                     total = total + plgpu.load(sums.at[other, row], layout=strided)
                 out[block, row] = total
 
-    return body
+        if through:
+            plgpu.wait_smem_to_gmem(0)
+
+    return multiply_groups
 
 
 def _send_sums(y, sums, summed, mine) -> None:

@@ -104,7 +104,7 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
     num_workers = config.num_blocks * num_warpgroups
     num_units = M // 2  # of an item: their gates and ups make the rows of one product
 
-    def body(groups, group_slots, weights, x, slots, out, tiles, x_here, both, arrived, x_arrived):
+    def gate_and_up(groups, group_slots, weights, x, slots, out, tiles, x_here, both, arrived, x_arrived):
         # groups, group_slots [G + 1], weights [G, N]; x [n, N, CHUNK]; slots [R, 3F, D]; out [G, N, F]
         # shared memory: tiles [warpgroups, stages, M, CHUNK], x_here [n, N, CHUNK], both [warpgroups, M, N]
         mine = lax.axis_index("warpgroup")
@@ -177,7 +177,7 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
         lax.fori_loop(0, num_mine, turn, first)
 
     return plgpu.kernel(
-        body,
+        gate_and_up,
         out_type=jax.ShapeDtypeStruct((num_groups, columns, num_hidden), x.dtype),
         grid=(config.num_blocks,),
         grid_names=("block",),
@@ -203,7 +203,7 @@ def _down(hidden, slots, group_slots, config: Config, interpret):
     num_splits = max(1, config.num_blocks * num_warpgroups // num_tiles)
     num_blocks = -(-num_splits * num_tiles // num_warpgroups)
 
-    def body(group_slots, hidden, slots, out, tiles, values, arrived):
+    def down(group_slots, hidden, slots, out, tiles, values, arrived):
         # group_slots [G + 1]; hidden [G, N, F]; slots [R, 3F, D]; out [splits, D, N]
         # shared memory: tiles [warpgroups, stages, DOWN_ROWS, DOWN_COLUMNS], values [warpgroups, stages, N, DOWN_ROWS]
         mine = lax.axis_index("warpgroup")
@@ -247,7 +247,7 @@ def _down(hidden, slots, group_slots, config: Config, interpret):
             out[split, columns_of_d] = y
 
     return plgpu.kernel(
-        body,
+        down,
         out_type=jax.ShapeDtypeStruct((num_splits, width, columns), jnp.float32),
         grid=(num_blocks,),
         grid_names=("block",),

@@ -85,7 +85,7 @@ def _copy_plan(tile: Tiling, config: Config):
     """The kernel body: block b copies tiles b, b + num_blocks, … of the plan through a ring of stages."""
     num_blocks, num_stages = config.num_blocks, config.num_stages
 
-    def body(expert_ids, slot_ids, count, store, slots, stages, arrived):
+    def copy_plan(expert_ids, slot_ids, count, store, slots, stages, arrived):
         # expert_ids, slot_ids [P], count [1]; store [E, rows, columns] (host); slots [R, rows, columns]
         # stages [num_stages, tile.rows, tile.columns] (shared memory); arrived [num_stages]
         block = lax.axis_index("block")
@@ -119,4 +119,4 @@ def _copy_plan(tile: Tiling, config: Config):
 
         plgpu.wait_smem_to_gmem(0)
 
-    return body
+    return copy_plan

@@ -1,6 +1,7 @@
 """The expert MLP on a GPU, at true sizes, against float32 on the CPU, on fresh random inputs."""
 
 import dataclasses
+import functools
 from types import ModuleType
 
 import jax
@@ -8,26 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.expert_mlp import mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_wgmma
+from kernels_pallas.expert_mlp import mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_prefill, mosaic_gpu_wgmma
 from kernels_pallas.expert_mlp.api import choose, expert_mlp
+from kernels_pallas.expert_mlp.mosaic_gpu_grouped import Config
 from kernels_pallas.expert_mlp.specs import SPECS, ExpertMlpSpec
 
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}  # of the norm; 16 bit rounds the hidden activations
 BY_NAME = {spec.name: spec for spec in SPECS}
-FORMS = (mosaic_gpu_fma, mosaic_gpu_wgmma)
+FORMS = (mosaic_gpu_fma, mosaic_gpu_wgmma)  # of decode steps
 FORM_IDS = ("fma", "wgmma")
 
 
 def swiglu_sum(x: np.ndarray, slots: np.ndarray, group_slots: np.ndarray, group_weights: np.ndarray) -> np.ndarray:
-    """Of the groups that some row asks for: the slots of the others may hold anything."""
+    """Of the groups that some row asks for, over its rows: the slots of the others may hold anything."""
     y = np.zeros(x.shape, np.float32)
     for slot, weights in zip(group_slots, group_weights, strict=True):
-        if weights.any():
-            gate, up, down = slots[slot].astype(np.float32)
-            gate = x @ gate.T
-            y += weights[:, None] * ((gate / (1 + np.exp(-gate)) * (x @ up.T)) @ down)
+        rows = np.flatnonzero(weights)
+        if rows.size:
+            gate_weights, up, down = slots[slot].astype(np.float32)
+            gate = x[rows] @ gate_weights.T
+            y[rows] += weights[rows, None] * ((gate / (1 + np.exp(-gate)) * (x[rows] @ up.T)) @ down)
     return y
 
 
@@ -54,8 +57,9 @@ def test_expert_mlp_equals_float32_on_the_cpu(spec: ExpertMlpSpec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_kernels_run_where_they_can(spec: ExpertMlpSpec) -> None:
     x, slots = (jax.ShapeDtypeStruct(shape, spec.dtype) for shape in (spec.x_shape, spec.slots_shape))
-    too_many = spec.num_rows > (4 if spec.dtype == "float32" else mosaic_gpu.MAX_ROWS)
-    assert choose(None, x, slots) == ("reference" if too_many or spec.width == 2880 else "mosaic_gpu")
+    few = spec.num_rows <= mosaic_gpu.MAX_ROWS
+    cannot = (spec.dtype == "float32" and spec.num_rows > 4) or (spec.width == 2880 and few)
+    assert choose(None, x, slots) == ("reference" if cannot else "mosaic_gpu")
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 8, 9, 25, 32])
@@ -77,7 +81,52 @@ def test_both_forms_at_every_number_of_rows(form: ModuleType, num_rows: int) -> 
         check(form.expert_mlp, spec, x, slots.at[unasked].set(jnp.nan), group_slots, group_weights)
 
 
-@pytest.mark.parametrize("name", ["qwen3_30b_decode", "two_rows", "batch_of_4", "batch_of_32", "batch_of_4_float32"])
+@pytest.mark.parametrize(
+    ("num_rows", "num_hidden", "width", "bounded"),
+    [(33, 448, 1280, False), (65, 128, 576, True), (200, 768, 2048, False), (517, 448, 1280, True)],
+)
+@pytest.mark.parametrize("num_warpgroups", [1, 2])
+def test_the_prefill_form_at_many_numbers_of_rows(
+    num_warpgroups: int, num_rows: int, num_hidden: int, width: int, bounded: bool
+) -> None:
+    """Tiles of 128, 192 and 256 columns. Slots that nobody asks for are NaN: nothing of them may get into a sum."""
+    sizes = tuple(max(0, num_rows - 31 * n) if n % 3 else n % 2 for n in range(11))
+    spec = ExpertMlpSpec(
+        name="many",
+        num_slots=12,
+        num_hidden=num_hidden,
+        width=width,
+        num_rows=num_rows,
+        group_sizes=sizes,
+        dtype="bfloat16",
+    )
+    bound = spec.max_groups_per_row if bounded else None
+    run = functools.partial(
+        mosaic_gpu_prefill.expert_mlp, config=Config(num_warpgroups=num_warpgroups), max_groups_per_row=bound
+    )
+    for seed in range(3):
+        x, slots = make_inputs(spec, seed)
+        group_slots, group_weights = spec.groups(seed)
+        unasked = np.setdiff1d(np.arange(spec.num_slots), group_slots[group_weights.any(axis=1)])
+        group_slots[~group_weights.any(axis=1)] = unasked[0]
+        check(run, spec, x, slots.at[unasked].set(jnp.nan), group_slots, group_weights)
+
+
+def test_a_row_of_a_prefill_is_the_same_alone_and_in_any_tiles() -> None:
+    spec = BY_NAME["prefill_512"]
+    x, slots = make_inputs(spec, 5)
+    group_slots, group_weights = map(jnp.asarray, spec.groups(seed=5))
+    together = np.asarray(mosaic_gpu_prefill.expert_mlp(x, slots, group_slots, group_weights))
+    for config in (Config(num_warpgroups=1), Config(num_warpgroups=2), Config(num_blocks=7)):
+        run = functools.partial(mosaic_gpu_prefill.expert_mlp, config=config, max_groups_per_row=8)
+        np.testing.assert_array_equal(run(x, slots, group_slots, group_weights), together)
+    part = mosaic_gpu_prefill.expert_mlp(x[100:140], slots, group_slots, group_weights[:, 100:140])
+    np.testing.assert_array_equal(part, together[100:140])
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_30b_decode", "two_rows", "batch_of_4", "batch_of_32", "batch_of_4_float32", "prefill_512"]
+)
 def test_the_same_groups_give_the_same_bits(name: str) -> None:
     """Again and again, wherever their weights lie, and beside groups that nobody asks for."""
     spec = BY_NAME[name]
@@ -96,7 +145,7 @@ def test_the_same_groups_give_the_same_bits(name: str) -> None:
     np.testing.assert_array_equal(run(x, slots, wide_slots, wide_weights), first)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)
+@pytest.mark.parametrize("form", [*FORMS, mosaic_gpu_prefill], ids=(*FORM_IDS, "prefill"))
 def test_many_calls_in_one_program(form: ModuleType) -> None:
     """As a decode does: each call waits for the one before, and none leaves anything behind in shared memory."""
     spec = dataclasses.replace(BY_NAME["two_rows"], num_slots=24, num_hidden=192, width=512)

@@ -122,6 +122,7 @@ def test_one_row_and_many_rows_agree() -> None:
         ({"slots": jnp.zeros((6, 2, 16, 24))}, r"slots \(6, 2, 16, 24\) must be \[R, 3, F, D\]"),
         ({"slots": jnp.zeros((3, 16, 24))}, r"slots \(3, 16, 24\) must be \[R, 3, F, D\]"),
         ({"group_weights": jnp.zeros((5, 4))}, r"group_weights \(5, 4\) must be \[G, T\] = \(4, 5\)"),
+        ({"max_groups_per_row": 0}, r"max_groups_per_row=0 must be at least 1, or None"),
         ({"group_slots": jnp.zeros(3, jnp.int32)}, r"group_weights \(4, 5\) must be \[G, T\] = \(3, 5\)"),
     ],
 )

@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the races foun
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backends
-from kernels_pallas.expert_mlp import api, asked, mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_wgmma
+from kernels_pallas.expert_mlp import api, asked, mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_prefill, mosaic_gpu_wgmma
 from kernels_pallas.expert_mlp.specs import SPECS, ExpertMlpSpec
 from tests.kernels.test_expert_mlp import expected, make_inputs
 
@@ -117,6 +117,8 @@ def shaped(num_rows: int, num_hidden: int, width: int, dtype: str = "bfloat16", 
         (shaped(4, 768, 2048, "float32"), mosaic_gpu_fma),
         (shaped(1, 2048, 7168), mosaic_gpu_fma),
         (shaped(8, 2048, 7168), mosaic_gpu_wgmma),
+        (shaped(33, 768, 2048), mosaic_gpu_prefill),
+        (shaped(8192, 2880, 2880, "float16"), mosaic_gpu_prefill),
     ],
 )
 def test_the_form_that_does_it(call, form) -> None:
@@ -127,7 +129,9 @@ def test_the_form_that_does_it(call, form) -> None:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (shaped(33, 768, 2048), "33 rows of x are not 1 to 32"),
+        (shaped(33, 768, 2048, "float32"), "x float32 and slots float32 must be one of bfloat16, float16, the same"),
+        (shaped(33, 768, 2080), "D=2080 and F=768 must be multiples of 64"),
+        (shaped(33, 768, 8256), "D=8256 and F=768 must be .*, and D at most 8192"),
         (shaped(5, 768, 2048, "float32"), "5 rows of x are not 1 to 4; .*float32"),
         (shaped(1, 2880, 2880), "D=2880 must be a multiple of 256"),
         (shaped(1, 766, 2048), "F=766 of 4; .* F=766 of 64"),
@@ -152,7 +156,8 @@ def test_other_devices_with_tma_have_no_wgmma(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(mosaic_gpu.jax, "devices", lambda: [Blackwell()])
     assert mosaic_gpu.form(*shaped(4, 768, 2048)) is mosaic_gpu_fma
-    assert "compute capability 10.0 is not 9" in str(mosaic_gpu.problem(*shaped(8, 768, 2048)))
+    for num_rows in (8, 33):
+        assert "compute capability 10.0 is not 9" in str(mosaic_gpu.problem(*shaped(num_rows, 768, 2048)))
 
 
 @given(

@@ -1,0 +1,1 @@
+"""Decides, on the device, which experts of a step get which slots, and lists who multiplies with what."""
