@@ -9,17 +9,23 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 DTYPES = ("float32", "bfloat16", "float16")
-RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
+DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "frozen", "random", "resident"]  # see `jmoe.experts.draft`
+Missing = Literal["reroute", "substitute", "drop"]
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _from_mapping[T](cls: type[T], values: Mapping[str, Any], source: str) -> T:
@@ -183,6 +189,10 @@ class RuntimeConfig:
     overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the kernels. `decode_chunk` is
     the most tokens that one call of the jitted step produces. `record_routing` keeps which experts every token went to,
     see `Generation.trace`. `residency_policy` names what decides which experts keep their slots (docs/residency.md).
+
+    `draft` says how many tokens speculative decoding drafts at a time (docs/speculative.md): "off", a number, or
+    "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
+    `draft_policy`; None is all that have a slot. `draft_missing` says what becomes of the choice of others.
     """
 
     expert_slots: int | None = None
@@ -198,6 +208,11 @@ class RuntimeConfig:
     measure_link: bool = True
     record_routing: bool = False
     residency_policy: str | None = None
+    draft: str | int = "off"
+    draft_experts: int | None = None
+    draft_tokens: int = 4
+    draft_policy: DraftPolicy = "hot"
+    draft_missing: Missing = "reroute"
 
     def __post_init__(self) -> None:
         for name in ("expert_slots", "staging_slots", "device_memory_bytes", "host_memory_bytes", "max_seq_len"):
@@ -216,6 +231,31 @@ class RuntimeConfig:
             f"residency_policy={self.residency_policy!r} is not one of {', '.join(RESIDENCY_POLICIES)}; "
             "choose one of them, or leave it out for the best",
         )
+        self._check_draft()
+
+    def _check_draft(self) -> None:
+        number, experts = self.draft, self.draft_experts
+        _require(
+            _is_count(number) or number in ("off", "auto"),
+            f'draft={number!r} must be "off", "auto", or how many tokens to draft at a time, at least 1',
+        )
+        _require(experts is None or _is_count(experts), f"draft_experts={experts!r} must be at least 1")
+        _require(_is_count(self.draft_tokens), f"draft_tokens={self.draft_tokens!r} must be at least 1")
+        for name, kinds in (("draft_policy", get_args(DraftPolicy)), ("draft_missing", get_args(Missing))):
+            value = getattr(self, name)
+            _require(value in kinds, f"{name}={value!r} is not one of {', '.join(kinds)}")
+        _require(
+            number == "off" or not self.record_routing,
+            f"record_routing=True does not go with draft={number!r}: routing is recorded of plain steps; "
+            'choose draft="off"',
+        )
+
+    @property
+    def most_draft_tokens(self) -> int:
+        """The most tokens that are drafted at a time; 0 without drafts."""
+        if isinstance(self.draft, int):
+            return self.draft
+        return self.draft_tokens if self.draft == "auto" else 0
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

@@ -44,9 +44,10 @@ def make_routing(kind: str, num_rows: int, rng: np.random.Generator) -> Routing:
     if kind == "everything":
         expert_ids = np.resize(np.arange(E), (num_rows, A))
     weights = rng.uniform(0.1, 0.9, expert_ids.shape).astype(np.float32)
-    routing = Routing(jnp.asarray(expert_ids, jnp.int32), jnp.asarray(weights), jnp.zeros((num_rows, E)))
     valid = {"masked": np.arange(num_rows) % 2 == 1, "no_token": np.zeros(num_rows, bool)}.get(kind)
-    return routing if valid is None else routing.masked(jnp.asarray(valid), E)
+    if valid is not None:
+        expert_ids, weights = np.where(valid[:, None], expert_ids, E), np.where(valid[:, None], weights, 0)
+    return Routing(jnp.asarray(expert_ids, jnp.int32), jnp.asarray(weights), jnp.zeros((num_rows, E)))
 
 
 def asked(routing: Routing) -> set[int]:
@@ -105,7 +106,7 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
             value = policy.value(n, used[n], clock) if admits else None
             counts[:, n] += count(twin, asked(routings[n]), value)
         policy.update(used, clock)
-        assert np.asarray(slots.residency.layers.owner).tolist() == [twin.owner for twin in twins]
+        assert np.asarray(slots.residency.stacked.owner).tolist() == [twin.owner for twin in twins]
     used = slots.residency.decode if admits else slots.residency.prefill
     unused = slots.residency.prefill if admits else slots.residency.decode
     np.testing.assert_array_equal([used.hits, used.fetched, used.streamed], counts)
@@ -125,7 +126,7 @@ def count(twin: Twin, needed: set[int], value: list[int] | None) -> tuple[int, i
 
 
 def assert_slots_hold_their_owners(slots: ExpertSlots) -> None:
-    owner = np.asarray(slots.residency.layers.owner)
+    owner = np.asarray(slots.residency.stacked.owner)
     for n, layer in enumerate(store().layers):
         np.testing.assert_array_equal(np.asarray(slots.layers[n]), np.asarray(layer)[owner[n]])
 
@@ -171,7 +172,7 @@ def test_only_the_chosen_groups(pattern: int) -> None:
     """In their order, and nothing else: NONE and weight 0 fill up the list."""
     chosen = np.array([bool(pattern >> place & 1) for place in range(4)])
     weights = np.random.default_rng(pattern).uniform(0.1, 1, (4, 3)).astype(np.float32)
-    groups = Groups(jnp.array([1, 4, 5, 7], jnp.int32), jnp.asarray(weights)).only(jnp.asarray(chosen), 5)
+    groups = Groups(jnp.array([1, 4, 5, 7], jnp.int32), jnp.asarray(weights), 2).only(jnp.asarray(chosen), 5)
     padding = 5 - chosen.sum()
     assert np.asarray(groups.expert_ids).tolist() == [*np.array([1, 4, 5, 7])[chosen], *[NONE] * padding]
     np.testing.assert_array_equal(groups.weights, np.concatenate([weights[chosen], np.zeros((padding, 3))]))
@@ -182,5 +183,5 @@ def test_slots_start_with_the_first_experts(num_slots: int) -> None:
     slots = init_slots(store(), layout(num_slots))
     assert [layer.shape for layer in slots.layers] == [(num_slots, 3, F, D)] * NUM_LAYERS
     assert slots.staging.shape == (3, 3, F, D)
-    assert np.asarray(slots.residency.layers.owner).tolist() == [list(range(num_slots))] * NUM_LAYERS
+    assert np.asarray(slots.residency.stacked.owner).tolist() == [list(range(num_slots))] * NUM_LAYERS
     assert_slots_hold_their_owners(slots)

@@ -14,11 +14,9 @@ from jmoe.experts.residency import (
     FetchPlan,
     LayerResidency,
     admit,
-    count_before,
     init_residency,
-    rank_of,
-    select,
 )
+from kernels_pallas.admit.reference import count_before, rank_of, select
 from tests.twin import Twin
 
 SIZES = ((1, 1), (4, 2), (8, 3), (8, 8), (16, 5))  # (E, S): few, for each is compiled
@@ -33,7 +31,7 @@ def start(num_experts: int, num_slots: int, *, empty: bool) -> tuple[LayerReside
     if empty:
         none = functools.partial(jnp.full, fill_value=NONE, dtype=jnp.int32)
         return LayerResidency(none((num_experts,)), none((num_slots,))), Twin.empty(num_slots)
-    return init_residency(1, num_experts, num_slots).layer(0), Twin.filled(num_slots)
+    return init_residency(1, num_experts, num_slots).layers[0], Twin.filled(num_slots)
 
 
 def step(
@@ -134,7 +132,7 @@ def test_a_step_that_is_too_large_admits_what_is_worth_more() -> None:
 def test_the_start(num_experts: int, num_slots: int) -> None:
     residency = init_residency(3, num_experts, num_slots)
     assert int(residency.clock) == 0
-    for layer in (residency.layer(n) for n in range(3)):
+    for layer in residency.layers:
         assert np.asarray(layer.owner).tolist() == list(range(num_slots))
         assert_inverse(np.asarray(layer.slot_of), np.asarray(layer.owner))
     counters = [count for kind in (residency.decode, residency.prefill) for count in jax.tree.leaves(kind)]

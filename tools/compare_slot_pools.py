@@ -123,7 +123,7 @@ def admit_us(num_experts: int, num_slots: int, num_needed: int) -> float:
         return layer, last_used + used
 
     loop = jax.jit(lambda layer: jax.lax.fori_loop(0, TIMED_STEPS, body, layer))
-    start_layer = init_residency(1, num_experts, num_slots).layer(0), jnp.full((num_experts,), -1, jnp.int32)
+    start_layer = init_residency(1, num_experts, num_slots).layers[0], jnp.full((num_experts,), -1, jnp.int32)
     jax.block_until_ready(loop(start_layer))
     times = []
     for _ in range(5):

@@ -28,7 +28,21 @@ from tools.workload import Lengths, random_workload
 
 SCOPES = ("attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
 OTHER = "other"
-KERNEL_SCOPES = {"body_mosaic_gpu_kernel": "experts"}  # a Pallas kernel has the name of its function
+# A Pallas kernel has the name of its function, and this behind it.
+MOSAIC_SUFFIX = "_mosaic_gpu_kernel"
+KERNEL_SCOPES = {
+    "attend": "attention",
+    "add_parts": "attention",
+    "route_rows": "router",
+    "admit_layer": "admit",
+    "copy_plan": "fetch",
+    "multiply_groups": "experts",
+    "gate_and_up": "experts",
+    "down": "experts",
+    "place_rows": "experts",
+    "multiply_rows": "experts",
+    "add_shares": "experts",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +157,13 @@ def kernels(directory: Path, scope_by_name: Mapping[str, str]) -> Iterator[Kerne
         for line in plane.lines:
             if line.name.startswith("Stream"):
                 for event in line.events:
-                    scope = scope_by_name.get(event.name, KERNEL_SCOPES.get(event.name, OTHER))
+                    scope = scope_by_name.get(event.name) or KERNEL_SCOPES.get(_function(event.name), OTHER)
                     yield Kernel(event.name, scope, event.start_ns, event.duration_ns)
+
+
+def _function(kernel: str) -> str:
+    """The function that a Pallas kernel of this name was made from."""
+    return kernel.removesuffix(MOSAIC_SUFFIX)
 
 
 def scope_of(path: str) -> str:

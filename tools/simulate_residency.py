@@ -15,6 +15,7 @@ of those as it likes.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from jmoe.experts.experience import carry_over
 from jmoe.experts.policies import POLICIES
-from jmoe.experts.residency import NONE, Counters, Residency, admit, init_residency
+from jmoe.experts.residency import NONE, Counters, LayerResidency, Residency, admit, init_residency
 from jmoe.traces import Trace
 
 OPTIMUM, UNTAUGHT = "optimum", "untaught"
@@ -136,19 +137,21 @@ def replay(start: Residency, used: jax.Array, ends: jax.Array, *, policy: str, m
     """The residency after these steps, with what was hit, fetched and streamed in its `decode` counters."""
     value, finish = jax.vmap(POLICIES[policy].value, in_axes=(0, 0, None)), POLICIES[policy].finish
 
-    def step(before: Residency, event: tuple[jax.Array, jax.Array]) -> tuple[Residency, None]:
-        used, is_end = event
+    def step(carry, event: tuple[jax.Array, jax.Array]):
+        (layers, before), (used, is_end) = carry, event
         values = value(before.tracked, used, before.clock)
-        layers, plan = jax.vmap(functools.partial(admit, max_needed=max_needed))(before.layers, used > 0, values)
+        num_hits = jnp.sum((used > 0) & (layers.slot_of != NONE), axis=1, dtype=jnp.int32)
+        layers, plan = jax.vmap(functools.partial(admit, max_needed=max_needed))(layers, used > 0, values)
         tracked = POLICIES[policy].update(before.tracked, used, before.clock)
         if finish is not None:
             tracked = jax.lax.cond(is_end, finish, lambda state: state, tracked)
-        num_hits = jnp.sum((used > 0) & (before.layers.slot_of != NONE), axis=1, dtype=jnp.int32)
         num_streamed = jnp.sum(used > 0, axis=1, dtype=jnp.int32) - num_hits - plan.count
         counters = jax.tree.map(jnp.add, before.decode, Counters(num_hits, plan.count, num_streamed))
-        return Residency(layers, tracked, before.clock + 1, counters, before.prefill), None
+        return (layers, Residency((), tracked, before.clock + 1, counters, before.prefill)), None
 
-    return jax.lax.scan(step, start, (used, ends))[0]
+    first = start.stacked, dataclasses.replace(start, layers=())
+    (layers, after), _ = jax.lax.scan(step, first, (used, ends))
+    return dataclasses.replace(after, layers=tuple(map(LayerResidency, layers.slot_of, layers.owner)))
 
 
 def hit_rates(

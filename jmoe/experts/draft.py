@@ -5,24 +5,23 @@ verification; what the routers choose beyond them is computed by the kept expert
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jmoe.experts.layer import group_by_expert, needed_experts, slots_of
+from jmoe.config import DraftPolicy, Missing
+from jmoe.experts.layer import Groups, multiply, tokens_of_experts
+from jmoe.experts.policies import POLICIES
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import ExpertSlots
 from jmoe.model.router import Routing
-from kernels_pallas.expert_mlp.api import expert_mlp
-
-DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "random", "resident"]
-Missing = Literal["reroute", "substitute", "drop"]
+from kernels_pallas.admit.api import admit
 
 # What is left of a count after each verification. "hot" lies between the paper's two policies, and accepts most where
 # few experts are kept (docs/speculative.md).
-_REMEMBERED = {"hot": 0.9, "hot_temporal": 0.0, "hot_global": 1.0}
+_REMEMBERED = {"hot": 0.9, "hot_temporal": 0.0, "hot_global": 1.0, "frozen": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class DraftConfig:
     """`num_experts` a layer are kept, chosen by `policy`; `missing` says what becomes of the choice of others.
 
     - hot: those that verifications chose most, older ones counting less; hot_temporal: the last one alone; hot_global:
-      all alike; random: anew each time; resident: whatever has a slot, all of it
+      all alike; frozen: the first one alone; random: anew each time; resident: whatever has a slot, all of it
     - reroute: the router chooses among the kept; substitute: the kept expert that is most like the chosen one computes
       in its place (the paper); drop: the others of the token take its weight
     """
@@ -61,14 +60,29 @@ class DraftSet:
 
 
 def resident_experts(slots: ExpertSlots) -> Bool[Array, "L E"]:
-    return slots.residency.layers.slot_of != NONE
+    return slots.residency.stacked.slot_of != NONE
 
 
-def start(config: DraftConfig, slots: ExpertSlots, distances: Float[Array, "L E E"] | None = None) -> DraftSet:
-    """Before the first verification: residents, none hotter than another. Raises as `refresh`."""
-    heat = jnp.zeros(slots.residency.layers.slot_of.shape, jnp.float32)
-    before = DraftSet(jnp.full(heat.shape, NONE, jnp.int32), heat, jnp.zeros((), jnp.int32))
-    return refresh(config, before, heat, slots, distances)
+def start(
+    config: DraftConfig, slots: ExpertSlots, distances: Float[Array, "L E E"] | None = None, policy: str | None = None
+) -> DraftSet:
+    """Before the first verification: the residents that `policy` (of residency) values most. Raises as `refresh`.
+
+    What they are worth says which come first, and is less than one use: verifications decide from then on. Without a
+    policy none is hotter than another.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    heat = jnp.zeros(slots.residency.stacked.slot_of.shape, jnp.float32)
+    return _chosen(config, heat if policy is None else _worth(slots, policy), zero, slots, distances)
+
+
+def _worth(slots: ExpertSlots, policy: str) -> Float[Array, "L E"]:
+    """Each expert's rank by what keeping it is worth, in 0 … 1."""
+    residency = slots.residency
+    num_experts = residency.stacked.slot_of.shape[1]
+    unused = jnp.zeros((num_experts,), jnp.int32)
+    values = jax.vmap(lambda row: POLICIES[policy].value(row, unused, residency.clock))(residency.tracked)
+    return jnp.argsort(jnp.argsort(values, axis=1), axis=1) / num_experts
 
 
 def refresh(
@@ -82,10 +96,16 @@ def refresh(
 
     `distances` of the experts (`expert_distances`) are what "substitute" goes by. Raises ValueError if it has none.
     """
-    resident = resident_experts(slots)
+    if config.policy == "frozen":
+        counts = jnp.where(before.num_cycles == 0, counts, 0.0)
     heat = _REMEMBERED.get(config.policy, 0.0) * before.heat + counts
-    kept = resident if config.policy == "resident" else _keep(config, heat, before.num_cycles, resident)
-    return DraftSet(_stand_ins(config, kept, distances), heat, before.num_cycles + 1)
+    return _chosen(config, heat, before.num_cycles + 1, slots, distances)
+
+
+def _chosen(config: DraftConfig, heat, num_cycles, slots: ExpertSlots, distances) -> DraftSet:
+    resident = resident_experts(slots)
+    kept = resident if config.policy == "resident" else _keep(config, heat, num_cycles, resident)
+    return DraftSet(_stand_ins(config, kept, distances), heat, num_cycles)
 
 
 def _keep(config: DraftConfig, heat, num_cycles, resident) -> Bool[Array, "L E"]:
@@ -128,19 +148,19 @@ class DraftExperts:
     implementation: str | None = None
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: None):
-        stand_in, num_experts = self.draft.stand_in[moe_layer], self.draft.stand_in.shape[1]
+        stand_in, layer = self.draft.stand_in[moe_layer], self.slots.residency.layers[moe_layer]
         kept = rerouted(routing, stand_in) if self.reroutes else substituted(routing, stand_in)
-        with jax.named_scope("experts"):
-            groups = group_by_expert(kept, needed_experts(kept, num_experts))
-            at = slots_of(self.slots.residency.layer(moe_layer), groups.expert_ids)
-            y = expert_mlp(x, self.slots.layers[moe_layer], at, groups.weights, implementation=self.implementation)
+        ids, weights, used = kept.expert_ids, kept.combine_weights, tokens_of_experts(kept, stand_in.size)
+        here = admit(ids, weights, used, None, layer.slot_of, layer.owner, implementation=self.implementation)
+        groups = Groups(here.group_experts, here.group_weights, ids.shape[1])
+        y = multiply(x, self.slots.layers[moe_layer], here.group_slots, groups, self.implementation)
         return y.astype(x.dtype), carry
 
 
 def substituted(routing: Routing, stand_in: Int[Array, " E"]) -> Routing:
     """Each choice's stand-in, with its weight; what has none leaves its weight to the token's others.
 
-    Two choices of one token may have the same stand-in, which `group_by_expert` adds up.
+    Two choices of one token may have the same stand-in, which `admit` adds up.
     """
     num_experts = stand_in.shape[0]
     chosen = jnp.append(stand_in, NONE)[routing.expert_ids]  # NONE for what is no token

@@ -13,20 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
-from jmoe.experts.residency import (
-    NONE,
-    Counters,
-    FetchPlan,
-    LayerResidency,
-    admit,
-    compact,
-    count_before,
-    select,
-)
+from jmoe.experts.residency import NONE, Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
+from kernels_pallas.admit import reference as grouping
+from kernels_pallas.admit.api import admit
+from kernels_pallas.admit.result import Admitted
+from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
 
@@ -34,16 +29,21 @@ from kernels_pallas.fetch.api import fetch
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """The distinct experts of a routing, ascending, each with the weight of every row. NONE fills up the list."""
+    """The distinct experts of a routing, ascending, each with the weight of every row. NONE fills up the list.
+
+    No row is in more than `per_row` groups.
+    """
 
     expert_ids: Int[Array, " G"]
     weights: Float[Array, "G T"]
+    per_row: int = dataclasses.field(metadata={"static": True})
 
     def only(self, chosen: Bool[Array, " G"], size: int) -> "Groups":
         """The chosen groups, at most `size` of them, in their order."""
-        at = compact(chosen, size)
+        at = grouping.compact(chosen, size)
         kept = jnp.arange(size) < jnp.sum(chosen)
-        return Groups(jnp.where(kept, self.expert_ids[at], NONE), jnp.where(kept[:, None], self.weights[at], 0.0))
+        expert_ids, weights = jnp.where(kept, self.expert_ids[at], NONE), self.weights[at]
+        return Groups(expert_ids, jnp.where(kept[:, None], weights, 0.0), self.per_row)
 
 
 def needed_experts(routing: Routing, num_experts: int) -> Bool[Array, " E"]:
@@ -58,14 +58,17 @@ def tokens_of_experts(routing: Routing, num_experts: int) -> Int[Array, " E"]:
 
 def group_by_expert(routing: Routing, needed: Bool[Array, " E"]) -> Groups:
     """G is the most that can be needed: every row's experts, or all there are."""
-    num_experts = needed.shape[0]
-    num_groups = min(routing.expert_ids.size, num_experts)
-    experts = jnp.arange(num_experts, dtype=jnp.int32)
-    mine = needed[None, :] & (count_before(needed)[None, :] == jnp.arange(num_groups)[:, None])  # [G, E]
-    expert_ids = select(mine, experts + 1) - 1  # NONE where no expert is left
-    routed = routing.expert_ids[None] == expert_ids[:, None, None]  # [G, T, A]
-    weights = jnp.sum(jnp.where(routed, routing.combine_weights[None], 0.0), axis=-1)
-    return Groups(expert_ids, weights)
+    num_groups = min(routing.expert_ids.size, needed.shape[0])
+    expert_ids, weights = grouping.group(routing.expert_ids, routing.combine_weights, needed, num_groups)
+    return Groups(expert_ids, weights, routing.expert_ids.shape[1])
+
+
+def multiply(x: Float[Array, "T D"], slots, at: Int[Array, " G"], groups: Groups, implementation: str | None):
+    """Each row with its groups, whose experts lie in the slots `at`: [T, D], float32."""
+    with jax.named_scope("experts"):
+        return expert_mlp(
+            x, slots, at, groups.weights, max_groups_per_row=groups.per_row, implementation=implementation
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,7 @@ class ResidentExperts:
         weights = self.layers[moe_layer]
         with jax.named_scope("experts"):
             groups = group_by_expert(routing, needed_experts(routing, weights.shape[0]))
-            at = jnp.maximum(groups.expert_ids, 0)
-            y = expert_mlp(x, weights, at, groups.weights, implementation=self.implementation)
+        y = multiply(x, weights, jnp.maximum(groups.expert_ids, 0), groups, self.implementation)
         return y.astype(x.dtype), carry
 
 
@@ -114,6 +116,7 @@ class Progress:
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
     used: tuple[Int[Array, " E"], ...] = ()
+    num_hits: tuple[Int[Array, ""], ...] = ()
     num_fetched: tuple[Int[Array, ""], ...] = ()
 
 
@@ -137,7 +140,7 @@ class OffloadedExperts:
         return Progress(self.slots.staging)
 
     def finish(self, progress: Progress) -> ExpertSlots:
-        """The state after the step: layers stacked again, what the policy remembers and the counters brought on."""
+        """The state after the step, with what the policy remembers and the counters brought on."""
         before, used = self.slots.residency, jnp.stack(progress.used)  # [L, E]
         kind = "decode" if self.admits else "prefill"
         counters = jax.tree.map(jnp.add, getattr(before, kind), self._counts(progress, used > 0))
@@ -145,13 +148,12 @@ class OffloadedExperts:
         if not self._is_fixed:
             with jax.named_scope("admit"):
                 tracked = POLICIES[self.policy].update(before.tracked, used, before.clock)
-            layers = jax.tree.map(lambda *rows: jnp.stack(rows), *progress.layers)
-            after = dataclasses.replace(after, layers=layers, tracked=tracked)
+            after = dataclasses.replace(after, layers=progress.layers, tracked=tracked)
         return ExpertSlots(progress.slots, progress.staging, after)
 
     def _counts(self, progress: Progress, needed: Bool[Array, "L E"]) -> Counters:
         """Of this step, all layers at once: a few small kernels a step instead of a layer."""
-        hits = jnp.sum(needed & (self.slots.residency.layers.slot_of != NONE), axis=1, dtype=jnp.int32)
+        hits = jnp.stack(progress.num_hits)
         fetched = jnp.stack(progress.num_fetched) if progress.num_fetched else jnp.zeros_like(hits)
         return Counters(hits, fetched, jnp.sum(needed, axis=1, dtype=jnp.int32) - hits - fetched)
 
@@ -161,46 +163,59 @@ class OffloadedExperts:
         return self.layout.all_resident or not self.admits
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
-        before, slots, staging = self.slots.residency.layer(moe_layer), self.slots.layers[moe_layer], carry.staging
+        slots, staging = self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
             used = tokens_of_experts(routing, self.layout.num_experts)
-            groups = group_by_expert(routing, used > 0)
-            after, plan = self._admit(moe_layer, before, used, groups.expert_ids.size)
-        num_fetched = carry.num_fetched
-        if plan is not None:
-            slots, num_fetched = self._fetch(moe_layer, slots, plan), (*num_fetched, plan.count)
-        if self.layout.all_resident or (self.admits and groups.expert_ids.size <= self.layout.slots_per_layer):
-            y = self._multiply(x, slots, slots_of(after, groups.expert_ids), groups.weights)
+            admitted = self._admit(moe_layer, routing, used)
+        after = LayerResidency(admitted.slot_of, admitted.owner)
+        groups = Groups(admitted.group_experts, admitted.group_weights, routing.expert_ids.shape[1])
+        if self.layout.all_resident:
+            y = multiply(x, slots, admitted.group_slots, groups, self.implementation)
+        elif self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
+            y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups)
         else:
+            if self.admits:
+                slots = self._fetch(moe_layer, slots, plan_of(admitted))
             y, staging = self._in_waves(moe_layer, x, groups, after, slots, staging)
-        progress = Progress(staging, (*carry.slots, slots), (*carry.layers, after), (*carry.used, used), num_fetched)
+        progress = Progress(
+            staging,
+            (*carry.slots, slots),
+            (*carry.layers, after),
+            (*carry.used, used),
+            (*carry.num_hits, admitted.num_hits),
+            carry.num_fetched if self._is_fixed else (*carry.num_fetched, admitted.count),
+        )
         return y.astype(x.dtype), progress
 
-    def _admit(
-        self, moe_layer: int, before: LayerResidency, used: Int[Array, " E"], max_needed: int
-    ) -> tuple[LayerResidency, FetchPlan | None]:
-        if self._is_fixed:
-            return before, None
-        residency = self.slots.residency
-        row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked)
-        value = POLICIES[self.policy].value(row, used, residency.clock)
-        return admit(before, used > 0, value, max_needed)
+    def _admit(self, moe_layer: int, routing: Routing, used: Int[Array, " E"]) -> Admitted:
+        """What of the layer's experts gets which slot, for a step that uses them so often."""
+        residency, value = self.slots.residency, None
+        if not self._is_fixed:
+            row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked)
+            value = POLICIES[self.policy].value(row, used, residency.clock)
+        before = residency.layers[moe_layer]
+        ids, weights = routing.expert_ids, routing.combine_weights
+        return admit(ids, weights, used, value, before.slot_of, before.owner, implementation=self.implementation)
 
     def _fetch(self, moe_layer: int, slots: Float[Array, "R 3 F D"], plan: FetchPlan) -> Float[Array, "R 3 F D"]:
         with jax.named_scope("fetch"):
             store = self.store.layers[moe_layer]
             return fetch(store, slots, plan.expert_ids, plan.slot_ids, plan.count, implementation=self.implementation)
 
-    def _multiply(self, x, slots, group_slots, group_weights) -> Float[Array, "T D"]:
-        with jax.named_scope("experts"):
-            return expert_mlp(x, slots, group_slots, group_weights, implementation=self.implementation)
+    def _fetch_and_multiply(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups):
+        """In one pass where a kernel does both, so that experts that are here are multiplied with while others come."""
+        if read_through.can(self.implementation, x, slots):
+            with jax.named_scope("experts"):
+                return read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted)
+        slots = self._fetch(moe_layer, slots, plan_of(admitted))
+        return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots
 
     def _in_waves(self, moe_layer: int, x, groups: Groups, layer: LayerResidency, slots, staging):
         """Residents where they are; the others through the staging slots, as many at a time as there are."""
         asked = groups.expert_ids != NONE
         resident = asked & (layer.slot_of[jnp.maximum(groups.expert_ids, 0)] != NONE)
         here = groups.only(resident, min(asked.size, self.layout.slots_per_layer))
-        y = self._multiply(x, slots, slots_of(layer, here.expert_ids), here.weights)
+        y = multiply(x, slots, slots_of(layer, here.expert_ids), here, self.implementation)
 
         size = self.layout.num_staging
         missing = asked & ~resident
@@ -212,12 +227,17 @@ class OffloadedExperts:
             y, staging = state
             expert_ids = jax.lax.dynamic_slice_in_dim(away.expert_ids, n * size, size)
             weights = jax.lax.dynamic_slice_in_dim(away.weights, n * size, size)
+            comers = Groups(expert_ids, weights, groups.per_row)
             plan = FetchPlan(jnp.maximum(expert_ids, 0), places, jnp.minimum(num_missing - n * size, size))
             staging = self._fetch(moe_layer, staging, plan)
             arrived = jnp.where(places < plan.count, places, 0)  # what no expert came to is not read
-            return y + self._multiply(x, staging, arrived, weights), staging
+            return y + multiply(x, staging, arrived, comers, self.implementation), staging
 
         return jax.lax.fori_loop(0, -(-num_missing // size), wave, (y, staging))
+
+
+def plan_of(admitted: Admitted) -> FetchPlan:
+    return FetchPlan(admitted.plan_experts, admitted.plan_slots, admitted.count)
 
 
 def slots_of(layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:

@@ -84,6 +84,8 @@ def attend(
     def one(args):
         return reference.attend(args[0], keys, values, args[1], sliding_window)
 
+    # A backward pass computes the scores again: kept, they would be what blocks are there to avoid.
+    one = jax.checkpoint(one, prevent_cse=False)
     blocked = jnp.moveaxis(queries.reshape(batch, num_queries // block, block, *queries.shape[2:]), 1, 0)
     out = jax.lax.map(one, (blocked, jnp.moveaxis(positions.reshape(batch, -1, block), 1, 0)))
     return jnp.moveaxis(out, 0, 1).reshape(queries.shape)

@@ -34,14 +34,14 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, rngs=rngs, implementation=implementation)
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         is_moe = layer in config.moe_layers
-        self.router = Router(config, rngs=rngs) if is_moe else None
+        self.router = Router(config, rngs=rngs, implementation=implementation) if is_moe else None
         self.mlp = (
             None if is_moe else DenseMLP(config.hidden_size, config.intermediate_size, dtype=config.dtype, rngs=rngs)
         )
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states, layer by layer; `implementation` is that of single tokens' attention."""
+    """Token ids to hidden states, layer by layer; `implementation` is that of routing and decode attention."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
@@ -90,7 +90,7 @@ class Decoder(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])  # [B*T, D]
         assert layer.router is not None  # a layer has one or the other
         with jax.named_scope("router"):
-            routing = layer.router(rows).masked(valid.reshape(-1), self.config.num_experts)
+            routing = layer.router(rows, valid.reshape(-1))
         y, carry = moe(self.config.moe_layers.index(n), rows, routing, carry)
         return y.reshape(x.shape), carry
 
@@ -111,7 +111,7 @@ def build_decoder(
 ) -> Decoder:
     """The decoder with these parameters, by flat path ("layers/0/attention/o_proj/kernel").
 
-    `implementation` is that of `decode_attention`, which does single tokens.
+    `implementation` is that of `route`, and of `decode_attention`, which does single tokens.
 
     Raises RuntimeError unless they are exactly the decoder's.
     """

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
 from jmoe.model.layers import init_kernel, matmul
+from kernels_pallas.route.api import route
 
 
 @jax.tree_util.register_dataclass
@@ -23,26 +24,22 @@ class Routing:
     combine_weights: Float[Array, "T A"]
     logits: Float[Array, "T E"]
 
-    def masked(self, valid: Bool[Array, " T"], num_experts: int) -> "Routing":
-        """Rows that are no token ask for no expert."""
-        keep = valid[:, None]
-        return Routing(
-            jnp.where(keep, self.expert_ids, num_experts),
-            jnp.where(keep, self.combine_weights, 0.0),
-            self.logits,
-        )
-
 
 class Router(nnx.Module):
     """softmax over all experts, the largest A of them, renormalised to sum to 1 if `norm_topk_prob`."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         self.kernel = init_kernel(rngs, (config.num_experts, config.hidden_size), config.dtype)
-        self.config = config
+        self.config, self.implementation = config, implementation
 
-    def __call__(self, x: Float[Array, "T D"]) -> Routing:
+    def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, " T"] | None = None) -> Routing:
+        """Rows that are not valid are no tokens, and ask for no expert. None: all are."""
         logits = matmul(x, self.kernel[...], jnp.float32)
-        weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.num_experts_per_tok)
-        if self.config.norm_topk_prob:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return Routing(expert_ids.astype(jnp.int32), weights, logits)
+        expert_ids, weights = route(
+            logits,
+            jnp.ones(x.shape[:1], bool) if valid is None else valid,
+            num_chosen=self.config.num_experts_per_tok,
+            normalize=self.config.norm_topk_prob,
+            implementation=self.implementation,
+        )
+        return Routing(expert_ids, weights, logits)

@@ -1,0 +1,190 @@
+"""One MoE layer of which some experts are missing, in microseconds: python -m tools.bench_moe_layer
+
+Of a layer of Qwen3-30B-A3B's shapes, one token that asks for eight experts: the fetch of those that are missing alone,
+the arithmetic of all of them alone, one after the other, and both in one pass (kernels_pallas/expert_mlp/read_through).
+The last should take no longer than the longer of the first two. Beside it the link's ceiling in this run, by plain
+copies. Weights are random, and every call has other experts and other slots than the one before.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe import memory
+from kernels_pallas.admit.result import Admitted
+from kernels_pallas.expert_mlp import read_through
+from kernels_pallas.expert_mlp.api import expert_mlp
+from kernels_pallas.fetch import api as fetch_api
+from tools.bench_expert_mlp import random_slots
+
+CALLS = 16  # in one program: what starting it costs is shared by as many
+NUM_GROUPS = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-hidden", type=int, default=768, help="F of an expert")
+    parser.add_argument("--width", type=int, default=2048, help="D of an expert")
+    parser.add_argument("--num-experts", type=int, default=64, help="in host memory; half as many slots")
+    parser.add_argument("--misses", type=int, nargs="+", default=list(range(NUM_GROUPS + 1)), metavar="0…8")
+    parser.add_argument("--fetch-configs", nargs="+", default=[], metavar="BLOCKSxSTAGESxKIB", type=_config)
+    parser.add_argument("--repeats", type=int, default=5, help="the median is printed")
+    return parser
+
+
+def _config(text: str) -> tuple[int, int, int]:
+    blocks, stages, kib = map(int, text.split("x"))
+    return blocks, stages, kib
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Raises ValueError for misses that are no count of the groups."""
+    if not all(0 <= misses <= NUM_GROUPS for misses in options.misses):
+        raise ValueError(f"--misses {options.misses} must be 0 to {NUM_GROUPS}, the experts that a token asks for")
+    shape = (options.num_experts, 3, options.num_hidden, options.width)
+    x, slots = (jax.ShapeDtypeStruct(size, "bfloat16") for size in ((1, options.width), shape))
+    if not read_through.can(None, x, slots):
+        raise RuntimeError(f"no kernel fetches and multiplies experts {shape[1:]} on this {jax.default_backend()}")
+    store = _pinned(shape)
+    ceiling = memory.measure_link_gbps()
+    print(f"device {jax.devices()[0].device_kind}, jax {jax.__version__}, link ceiling {ceiling:.1f} GB/s", flush=True)
+    heading = f"{'misses':>6}{'fetch':>10}{'arithmetic':>12}{'one after the other':>21}{'one pass':>10}{'link':>10}"
+    print(f"{heading}{'%':>7}")
+    parts, rows = {part.__name__: _timed(part, store, options) for part in PARTS}, []
+    for misses in options.misses:
+        plans = _plans(misses, options)
+        row = {name: microseconds(plans) for name, microseconds in parts.items()}
+        row["link"] = misses * store.nbytes / options.num_experts / ceiling / 1e3
+        row["percent_of_longer"] = 100 * row["one_pass"] / max(row["fetch"], row["arithmetic"])
+        rows.append({"misses": misses, **row})
+        print(
+            f"{misses:>6}{row['fetch']:>10.1f}{row['arithmetic']:>12.1f}{row['two_steps']:>21.1f}"
+            f"{row['one_pass']:>10.1f}{row['link']:>10.1f}{row['percent_of_longer']:>7.0f}",
+            flush=True,
+        )
+    for config in options.fetch_configs:
+        print(_rate_of_config(store, config, options, ceiling), flush=True)
+    print(json.dumps({"link_ceiling_gbps": ceiling, "rows": rows}))
+
+
+def _pinned(shape: tuple[int, ...]) -> jax.Array:
+    """Random experts in host memory, an eighth at a time."""
+    key, part = jax.random.key(0), -(-shape[0] // 8)
+    parts = [
+        np.asarray(random_slots(jax.random.fold_in(key, n), (part, *shape[1:]), "bfloat16"))
+        for n in range(-(-shape[0] // part))
+    ]
+    return jax.device_put(np.concatenate(parts)[: shape[0]], memory.host_sharding())
+
+
+def _plans(misses: int, options: argparse.Namespace) -> list[Admitted]:
+    """One for each call, of distinct experts and slots; the residency is of no matter here."""
+    plans, none = [], np.zeros(0, np.int32)
+    for seed in range(CALLS):
+        rng = np.random.default_rng(seed)
+        experts = np.sort(rng.permutation(options.num_experts)[:NUM_GROUPS]).astype(np.int32)
+        slots = rng.permutation(options.num_experts // 2)[:NUM_GROUPS].astype(np.int32)
+        comes = np.zeros(NUM_GROUPS, np.int32)
+        comes[rng.permutation(NUM_GROUPS)[:misses]] = 1
+        first = np.argsort(-comes, kind="stable")  # the plan's entries come first
+        plan = {
+            "group_experts": experts,
+            "group_slots": slots,
+            "group_weights": rng.uniform(0.05, 0.2, (NUM_GROUPS, 1)).astype(np.float32),
+            "group_fetched": comes,
+            "slot_of": none,
+            "owner": none,
+            "plan_experts": experts[first],
+            "plan_slots": slots[first],
+            "count": np.int32(misses),
+            "num_hits": np.int32(NUM_GROUPS - misses),
+        }
+        plans.append(Admitted(**{name: jnp.asarray(value) for name, value in plan.items()}))
+    return plans
+
+
+def fetch(x, store, slots, plan: Admitted):
+    return x, fetch_api.fetch(store, slots, plan.plan_experts, plan.plan_slots, plan.count)
+
+
+def arithmetic(x, store, slots, plan: Admitted):
+    return expert_mlp(x, slots, plan.group_slots, plan.group_weights).astype(x.dtype), slots
+
+
+def two_steps(x, store, slots, plan: Admitted):
+    x, slots = fetch(x, store, slots, plan)
+    return arithmetic(x, store, slots, plan)
+
+
+def one_pass(x, store, slots, plan: Admitted):
+    y, slots = read_through.expert_mlp(x, store, slots, plan)
+    return y.astype(x.dtype), slots
+
+
+PARTS = (fetch, arithmetic, two_steps, one_pass)
+
+
+def _timed(part: Callable, store: jax.Array, options: argparse.Namespace) -> Callable[[list[Admitted]], float]:
+    """Microseconds of one call, by plans of calls, each of which goes on with what the one before it made."""
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def run(x, store, slots, plans):
+        for plan in plans:
+            y, slots = part(x, store, slots, plan)
+            x = x + y * jnp.asarray(1e-3, x.dtype)
+        return x, slots
+
+    shape = (options.num_experts // 2, *store.shape[1:])
+
+    def microseconds(plans: list[Admitted]) -> float:
+        x, slots = jnp.ones((1, options.width), store.dtype), random_slots(jax.random.key(1), shape, store.dtype.name)
+        x, slots = jax.block_until_ready(run(x, store, slots, plans))
+        times = []
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            x, slots = jax.block_until_ready(run(x, store, slots, plans))
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times) / CALLS
+
+    return microseconds
+
+
+def _rate_of_config(store: jax.Array, config: tuple[int, int, int], options: argparse.Namespace, ceiling: float) -> str:
+    """GB/s of the fetch kernel with so many blocks, stages and KiB a tile, for plans of one to eight."""
+    from kernels_pallas.fetch import mosaic_gpu  # importing Mosaic takes seconds
+
+    blocks, stages, kib = config
+    chosen = mosaic_gpu.Config(num_blocks=blocks, num_stages=stages, tile_bytes=kib * 1024)
+
+    def fetch(x, store, slots, plan: Admitted):
+        entries = plan.plan_experts, plan.plan_slots, plan.count
+        return x, mosaic_gpu.fetch(store, slots, *entries, config=chosen)
+
+    microseconds, found = _timed(fetch, store, options), []
+    for misses in (1, 2, 4, 8):
+        gbps = misses * store.nbytes / options.num_experts / microseconds(_plans(misses, options)) / 1e3
+        found.append(f"{misses}: {gbps:.1f} GB/s ({100 * gbps / ceiling:.0f} %)")
+    return f"fetch, {blocks} blocks x {stages} stages x {kib} KiB: {', '.join(found)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
