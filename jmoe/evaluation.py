@@ -88,20 +88,24 @@ def cut_windows(token_ids: Sequence[int], length: int, stride: int) -> list[tupl
 
 
 def document_start(engine: Engine) -> int:
+    """The token id that stands before a document: see `start_token`. Raises as that, and without a tokenizer."""
+    return start_token(_tokenizer(engine), engine.eos_ids)
+
+
+def start_token(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> int:
     """The token id that stands before a document: bos_token, else what ends one, else the only end of sequence.
 
-    Raises ValueError if the engine has no tokenizer, or none of these.
+    Raises ValueError if there is none of these.
     """
-    tokenizer = _tokenizer(engine)
     bos = tokenizer.inner.token_to_id(tokenizer.named_tokens.get("bos_token", ""))
     if bos is not None:
         return bos
-    ends = {tokenizer.inner.id_to_token(token_id): token_id for token_id in engine.eos_ids}
+    ends = {tokenizer.inner.id_to_token(token_id): token_id for token_id in eos_ids}
     named = [ends[text] for text in DOCUMENT_ENDS if text in ends]
     if not named and len(ends) != 1:
         raise ValueError(
             f"no token to begin documents with: the tokenizer has no bos_token, and its ends of sequence are "
-            f"{sorted(engine.eos_ids)}, expected one or {', '.join(DOCUMENT_ENDS)} among them; give start_id"
+            f"{sorted(eos_ids)}, expected one or {', '.join(DOCUMENT_ENDS)} among them; give start_id"
         )
     return [*named, *ends.values()][0]
 

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="converted or Hugging Face directory, or hub id; default: a tiny random model")
+    parser.add_argument("--router", type=Path, metavar="FILE", help="tuned routers of that model, instead of its own")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 files, each a document")
     source.add_argument("--stdlib-held-out", action="store_true", help="the files of Python's library not trained on")
@@ -64,6 +65,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     window = engine.plan.max_seq_len - 1
     return {
         "model": options.model or "demo",
+        "router": options.router and str(options.router),
         "dtype": engine.config.dtype,
         "window": window,
         "stride": options.stride or window,
@@ -132,7 +134,10 @@ def _load(options: argparse.Namespace, runtime: RuntimeConfig) -> Engine:
             bar.set_description(phase, refresh=False)
             bar.update(done_bytes - bar.n)
 
-        return load(options.model, runtime, progress=report, announce=lambda line: tqdm.write(line, file=sys.stderr))
+        def announce(line: str) -> None:
+            tqdm.write(line, file=sys.stderr)
+
+        return load(options.model, runtime, router=options.router, progress=report, announce=announce)
 
 
 def _evaluate(engine: Engine, texts: Iterator[str], num_bytes: int, options: argparse.Namespace) -> Score:

@@ -106,9 +106,14 @@ def fit(
     `report` hears of the steps, `tell` of each evaluation. Raises ValueError if that checkpoint is of another training,
     RuntimeError if the loss is no longer a number.
     """
-    _same_training(directory / "training.json", trainer, batches)
+    mine = {
+        "model": trainer.config.to_dict(),
+        "training": dataclasses.asdict(trainer.training),
+        "num_tokens": batches.num_tokens,
+    }
+    require_same(directory / "training.json", mine)
     speeds: list[float] = []
-    with ocp.CheckpointManager(directory.absolute() / "checkpoints", options=_OPTIONS) as manager:
+    with ocp.CheckpointManager(directory.absolute() / "checkpoints", options=KEEP_TWO) as manager:
         point = _restore(manager, trainer)
         while not point.is_over(trainer):
             point = _until_evaluation(trainer, batches, held_out, point, report, speeds)
@@ -157,24 +162,38 @@ def _checked(losses: Losses, step: int) -> Losses:
     return losses
 
 
-_OPTIONS = ocp.CheckpointManagerOptions(max_to_keep=2)
+KEEP_TWO = ocp.CheckpointManagerOptions(max_to_keep=2)
 
 
 def _save(manager: ocp.CheckpointManager, point: _Point) -> None:
     arrays = {"state": point.state, "best_params": point.best_params}
-    evaluations = {"evaluations": [dataclasses.asdict(evaluation) for evaluation in point.evaluations]}
-    manager.save(
-        int(point.state.step),
-        args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), history=ocp.args.JsonSave(evaluations)),
-    )
+    save_point(manager, int(point.state.step), arrays, [dataclasses.asdict(each) for each in point.evaluations])
 
 
 def _restore(manager: ocp.CheckpointManager, trainer: Trainer) -> _Point:
     state = trainer.start()
+    restored = restore_point(manager, {"state": state, "best_params": state.params})
+    if restored is None:
+        return _Point(state, state.params)
+    arrays, evaluations = restored
+    return _Point(arrays["state"], arrays["best_params"], tuple(Evaluation(**values) for values in evaluations))
+
+
+def save_point(
+    manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any], evaluations: list[dict[str, Any]]
+) -> None:
+    """Begins to write where a training stands after `step` steps."""
+    history = ocp.args.JsonSave({"evaluations": evaluations})
+    manager.save(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), history=history))
+
+
+def restore_point(
+    manager: ocp.CheckpointManager, arrays: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """What `save_point` wrote last, None if nothing; `arrays` says of what shapes and where."""
     step = manager.latest_step()
     if step is None:
-        return _Point(state, state.params)
-    arrays = {"state": state, "best_params": state.params}
+        return None
     restore_args = ocp.checkpoint_utils.construct_restore_args(arrays)
     restored = manager.restore(
         step,
@@ -182,17 +201,11 @@ def _restore(manager: ocp.CheckpointManager, trainer: Trainer) -> _Point:
             arrays=ocp.args.PyTreeRestore(arrays, restore_args=restore_args), history=ocp.args.JsonRestore()
         ),
     )
-    evaluations = tuple(Evaluation(**values) for values in restored["history"]["evaluations"])
-    return _Point(restored["arrays"]["state"], restored["arrays"]["best_params"], evaluations)
+    return restored["arrays"], restored["history"]["evaluations"]
 
 
-def _same_training(file: Path, trainer: Trainer, batches: Batches) -> None:
+def require_same(file: Path, mine: dict[str, Any]) -> None:
     """Remembers what is trained in a directory. Raises ValueError if it is something else this time."""
-    mine: dict[str, Any] = {
-        "model": trainer.config.to_dict(),
-        "training": dataclasses.asdict(trainer.training),
-        "num_tokens": batches.num_tokens,
-    }
     mine = json.loads(json.dumps(mine))  # tuples become lists, as they will be read
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -202,10 +215,20 @@ def _same_training(file: Path, trainer: Trainer, batches: Batches) -> None:
         return
     theirs = json.loads(file.read_text(encoding="utf-8"))
     if mine != theirs:
+        there, now = _flat(theirs), _flat(mine)
         differing = [
-            f"{part}.{name}: {theirs[part].get(name)!r} there, {value!r} now"
-            for part in ("model", "training")
-            for name, value in mine[part].items()
-            if theirs[part].get(name) != value
-        ] or [f"num_tokens: {theirs['num_tokens']} there, {mine['num_tokens']} now"]
-        raise ValueError(f"{file.parent} holds another training ({'; '.join(differing)}). Choose another directory.")
+            f"{name}: {there.get(name)!r} there, {now[name]!r} now" for name in now if there.get(name) != now[name]
+        ]
+        raise ValueError(
+            f"{file.parent} holds another training ({'; '.join(differing) or 'of another version'}). "
+            "Choose another directory."
+        )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """One level: "training.learning_rate", "num_tokens"."""
+    flat = {}
+    for name, value in facts.items():
+        parts = {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= parts
+    return flat
