@@ -4,10 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jmoe.completions import Completion, Delta
     from jmoe.config import ModelConfig, RuntimeConfig
     from jmoe.decoding.sampling import SamplingParams
     from jmoe.engine import Engine
-    from jmoe.generation import Completion, Delta, Generation
+    from jmoe.generation import Generation
     from jmoe.loading import load
     from jmoe.stats import GenerationStats
 
@@ -29,8 +30,8 @@ _HOMES = {
     "SamplingParams": "decoding.sampling",
     "Engine": "engine",
     "load": "loading",
-    "Completion": "generation",
-    "Delta": "generation",
+    "Completion": "completions",
+    "Delta": "completions",
     "Generation": "generation",
     "GenerationStats": "stats",
 }

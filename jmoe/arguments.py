@@ -47,6 +47,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         metavar="MODEL",
         help="converted directory, Hugging Face directory, or hub id organisation/name; default: the demo model",
     )
+    group.add_argument("--router", metavar="FILE", help="tuned routers of that model (python -m jmoe.tune_router)")
     group.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT", help="repeat it for a batch")
     group.add_argument(
         "--prompt-file",
@@ -83,6 +84,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="prompts at a time; default: all of them")
     group.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a prompt and its answer together")
     group.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens taken in at a time")
+    group.add_argument(
+        "--draft", type=parse_draft, metavar="{off,auto,N}", help="tokens to draft at a time; auto: what is fastest"
+    )
+    group.add_argument("--draft-experts", type=int, metavar="N", help="of each layer that draft; default: all slots")
+    group.add_argument("--draft-tokens", type=int, metavar="N", help="the most that --draft auto tries (default: 4)")
     group.add_argument("--residency-policy", choices=RESIDENCY_POLICIES, help="which experts keep their slots")
     group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     group.add_argument("--implementation", metavar="NAME", help='"reference": plain JAX instead of the kernels')
@@ -118,6 +124,15 @@ def parse_size(text: str) -> int:
     unit = (match["unit"] or "b").lower()
     power = "bkmgt".index(unit[0])
     return int(number * (1024 if "i" in unit else 1000) ** power)
+
+
+def parse_draft(text: str) -> str | int:
+    """ "off", "auto" or a number of at least 1. Raises argparse.ArgumentTypeError for anything else."""
+    if text in ("off", "auto"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not off, auto or a number of tokens to draft, at least 1")
+    return int(text)
 
 
 def is_conversation(options: argparse.Namespace) -> bool:
@@ -159,11 +174,21 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         "max_seq_len": options.max_seq_len,
         "prefill_chunk": options.prefill_chunk,
         "dtype": options.dtype,
+        "draft": options.draft,
+        "draft_experts": options.draft_experts,
+        "draft_tokens": options.draft_tokens,
         "residency_policy": options.residency_policy,
         "implementation": options.implementation,
         "measure_link": False if options.no_link_test else None,
     }
-    return dataclasses.replace(runtime, **{name: value for name, value in given.items() if value is not None})
+    made = dataclasses.replace(runtime, **{name: value for name, value in given.items() if value is not None})
+    if options.draft_tokens is not None and made.draft != "auto":
+        raise ValueError(
+            f"--draft-tokens is the most that --draft auto tries, and --draft is {made.draft}; leave it out"
+        )
+    if options.draft_experts is not None and made.draft == "off":
+        raise ValueError("--draft-experts says what drafts, and nothing does; add --draft auto, or a number")
+    return made
 
 
 def _demo_slots(options: argparse.Namespace) -> int | None:

@@ -12,7 +12,10 @@ import numpy as np
 from jmoe import memory
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
+from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import DecodeState, Steps, init_state
+from jmoe.drafting import Drafting, drafting_line, speculative_steps
+from jmoe.experts.affinity import load_or_measure
 from jmoe.experts.experience import Experience, num_bytes
 from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import ExpertSlots, init_slots
@@ -44,7 +47,8 @@ class Engine:
 
     One generation runs at a time. `config` is the model, `plan` says where bytes went, `link_ceiling_gbps` is the
     measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
-    unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it).
+    unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
+    `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Engine:
         link_ceiling_gbps: float | None = None,
         fingerprint: str = "",
         experience_file: Path | None = None,
+        affinity_files: Sequence[Path] = (),
+        speculative: SpeculativeSteps | None = None,
         announce: Announce | None = None,
     ):
         self.config, self.runtime, self.plan, self.steps, self.weights = config, runtime, plan, steps, weights
@@ -71,7 +77,19 @@ class Engine:
         self.compiled: set[Hashable] = set()  # the shapes of generation that were compiled
         kept_in = None if plan.layout.all_resident else experience_file
         self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
+        self.drafting = self._drafting(speculative, affinity_files)
         self._slots: ExpertSlots | None = self._fill_slots()
+
+    def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:
+        if speculative is None:
+            return None
+        substitutes = speculative.draft.missing == "substitute"
+        distances = (
+            load_or_measure(self.weights.store, affinity_files, self.fingerprint, self.announce)
+            if substitutes
+            else None
+        )
+        return Drafting(speculative, self.runtime.draft, distances)
 
     @classmethod
     def start(
@@ -95,8 +113,11 @@ class Engine:
         policy = runtime.residency_policy or DEFAULT_POLICY
         say(_policy_line(policy, runtime, plan))
         steps = Steps(config, plan.layout, runtime.implementation, record=runtime.record_routing, policy=policy)
-        weights = make_weights()
-        return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, announce=announce, **details)
+        speculative = speculative_steps(steps, runtime)
+        if speculative:
+            say(drafting_line(speculative, runtime, plan.layout))
+        weights, details = make_weights(), {"speculative": speculative, "announce": announce, **details}
+        return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, **details)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

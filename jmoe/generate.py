@@ -87,7 +87,8 @@ def _load(options: argparse.Namespace, runtime: "RuntimeConfig") -> "Engine":
         tqdm.write(line, file=sys.stderr)  # above the progress bar
 
     with _progress_bar(options.quiet) as progress:
-        return jmoe.load(options.model, runtime, progress=progress, announce=None if options.quiet else announce)
+        say = None if options.quiet else announce
+        return jmoe.load(options.model, runtime, router=options.router, progress=progress, announce=say)
 
 
 @contextlib.contextmanager

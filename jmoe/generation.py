@@ -9,10 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe import memory
+from jmoe.clock import Clock
+from jmoe.completions import Completion, Delta, PromptInProgress
+from jmoe.decoding.draft_choice import Choice
 from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
+from jmoe.decoding.speculative import Verified
 from jmoe.decoding.step import Chunk, DecodeState, Emitted, Routed
-from jmoe.stats import ExpertCounts, GenerationStats, read_counts
+from jmoe.drafting import Drafting
+from jmoe.experts.draft import DraftSet
+from jmoe.experts.residency import Counters
+from jmoe.stats import DecodeCalls, ExpertCounts, GenerationStats, read_counts
 from jmoe.tokenizer import TextStream
 from jmoe.traces import Recording, Trace
 
@@ -21,31 +27,6 @@ if TYPE_CHECKING:
 
 LIVE_S = 0.1  # how often text should appear
 SMALLEST_CHUNK = 16  # prefill compiles for powers of two from here to the plan's prefill_chunk
-_NO_EXPERTS = ExpertCounts(hits=0, fetched=0, streamed=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """New tokens of prompt `index`, and the text that may be shown now (some may be held back)."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What became of one prompt. `finish_reason` is "eos", "stop" (a stop string), "length", or "unfinished".
-
-    `token_ids` end with the end of sequence if that came; `text` has neither it nor the stop string.
-    """
-
-    index: int
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finish_reason: str
 
 
 def prompt_chunks(prompts: Sequence[Sequence[int]], prefill_chunk: int) -> Iterator[Chunk]:
@@ -63,42 +44,6 @@ def prompt_chunks(prompts: Sequence[Sequence[int]], prefill_chunk: int) -> Itera
         yield Chunk(*(jnp.asarray(field) for field in (token_ids, num_valid, ends, lengths)))
 
 
-class _Sequence:
-    """One prompt's tokens and text so far."""
-
-    def __init__(self, index: int, prompt: Sequence[int], stream: TextStream | None):
-        self.index, self.prompt, self.stream = index, prompt, stream
-        self.budget = 0  # tokens that it may produce; known when its batch starts
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.text = ""
-
-    @property
-    def stopped(self) -> bool:
-        return self.stream is not None and self.stream.stopped
-
-    def push(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Delta:
-        self.token_ids += token_ids
-        self.logprobs += logprobs
-        text = self.stream.push(list(token_ids)) if self.stream else ""
-        self.text += text
-        return Delta(self.index, text, tuple(token_ids))
-
-    def flush(self) -> Delta:
-        text = self.stream.flush() if self.stream else ""
-        self.text += text
-        return Delta(self.index, text, ())
-
-    def completion(self, eos_ids: Sequence[int]) -> Completion:
-        ended = bool(self.token_ids) and self.token_ids[-1] in eos_ids
-        full = bool(self.token_ids) and len(self.token_ids) == self.budget
-        reason = "stop" if self.stopped else "eos" if ended else "length" if full else "unfinished"
-        keep = self.stream.num_tokens if self.stopped and self.stream else len(self.token_ids)
-        return Completion(
-            self.index, tuple(self.prompt), tuple(self.token_ids[:keep]), tuple(self.logprobs[:keep]), self.text, reason
-        )
-
-
 class Generation:
     """Iterate for `Delta`s as tokens arrive; `results()` runs to the end. `stats` are there afterwards."""
 
@@ -108,11 +53,11 @@ class Generation:
         if tokenizer is None and any(request.stop for request in requests):
             raise ValueError("stop strings need a tokenizer, and this engine has none")
         self._sequences = [
-            _Sequence(n, prompt, TextStream(tokenizer, request.stop) if tokenizer else None)
+            PromptInProgress(n, prompt, TextStream(tokenizer, request.stop) if tokenizer else None)
             for n, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
         ]
         records = engine.runtime.record_routing
-        self._clock = _Clock(Recording(engine.config, engine.fingerprint) if records else None)
+        self._clock = Clock(Recording(engine.config, engine.fingerprint) if records else None)
         self._iterator = _run(engine, self._sequences, requests, self._clock)
 
     def __iter__(self) -> Iterator[Delta]:
@@ -146,24 +91,11 @@ class Generation:
 
     @property
     def stats(self) -> GenerationStats:
-        clock, engine = self._clock, self._engine
-        return GenerationStats(
-            num_prompt_tokens=clock.num_prompt_tokens,
-            num_generated_tokens=sum(len(sequence.token_ids) for sequence in self._sequences),
-            num_decode_tokens=clock.num_decode_tokens,
-            decode_calls=tuple(clock.decode_calls),
-            compile_s=clock.compile_s,
-            ttft_s=clock.ttft_s,
-            prefill=clock.prefill,
-            decode=clock.decode,
-            expert_bytes=engine.config.expert_bytes,
-            link_ceiling_gbps=engine.link_ceiling_gbps,
-            peak_device_bytes=memory.peak_device_bytes(),
-        )
+        return self._clock.stats(self._engine, sum(len(sequence.token_ids) for sequence in self._sequences))
 
 
 def _run(
-    engine: "Engine", sequences: list[_Sequence], requests: list[SamplingParams], clock: "_Clock"
+    engine: "Engine", sequences: list[PromptInProgress], requests: list[SamplingParams], clock: Clock
 ) -> Generator[Delta]:
     """Batch after batch. No method: a `Generation` that its own iterator holds would keep the slots once abandoned."""
     size = engine.plan.batch_size
@@ -172,7 +104,7 @@ def _run(
 
 
 def _run_batch(
-    engine: "Engine", sequences: list[_Sequence], requests: list[SamplingParams], clock: "_Clock"
+    engine: "Engine", sequences: list[PromptInProgress], requests: list[SamplingParams], clock: Clock
 ) -> Generator[Delta]:
     for sequence, request in zip(sequences, requests, strict=True):
         sequence.budget = min(request.max_new_tokens, engine.plan.max_seq_len - len(sequence.prompt))
@@ -188,28 +120,20 @@ def _run_batch(
         batch.close()
 
 
-class _Clock:
-    """Times and counts, summed over the batches of a generation, its routing, and whether anybody watches it run."""
-
-    def __init__(self, recording: Recording | None):
-        self.recording = recording
-        self.is_live = True
-        self.compile_s = self.ttft_s = 0.0
-        self.num_prompt_tokens = self.num_decode_tokens = 0
-        self.decode_calls: list[tuple[int, float]] = []
-        self.prefill = self.decode = _NO_EXPERTS
-
-
 class _Batch:
     """The device side of a batch: calls the jitted steps and takes their tokens apart."""
 
-    def __init__(self, engine: "Engine", sequences, requests, state: DecodeState, clock: _Clock):
+    def __init__(self, engine: "Engine", sequences, requests, state: DecodeState, clock: Clock):
         self.engine, self.sequences, self.state, self.clock = engine, sequences, state, clock
         self.sampling = batch_sampling(requests, engine.eos_ids)
         self.mode = sampling_mode(requests)
         self.finished = False
+        self.drafting = engine.drafting
+        self._draft_set: DraftSet | None = None
+        self._num_active = len(sequences)
         self._before = read_counts(state.experts.residency)
-        self._step_s: float | None = None
+        self._seen = self._before[1]
+        self._step_s: dict[int, float] = {}  # the last call's, by the number of drafted tokens
 
     def compile(self) -> None:
         """Compiles what this batch needs, by steps that do nothing: a chunk without tokens, a decode of no step."""
@@ -221,7 +145,10 @@ class _Batch:
         engine.announce(f"compiling for {shape[0][0]} sequence(s), prompts {shape[0][1]} tokens at a time")
         nothing = jnp.zeros_like(chunk.num_valid)
         self._prefill(dataclasses.replace(chunk, num_valid=nothing, is_last=nothing.astype(bool)))
-        self._decode(0)
+        if self.drafting:
+            self._cycles(self.drafting, Choice(1), 0)
+        if self.drafting is None or self.drafting.has_plain_steps:
+            self._decode(0)
         jax.block_until_ready(self.state)
         engine.compiled.add(shape)
         self.clock.compile_s += time.perf_counter() - start
@@ -245,6 +172,23 @@ class _Batch:
         )
         return emitted
 
+    def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
+        weights, steps = self.engine.weights, drafting.steps
+        draft_set = self._draft_set or steps.start(self.state.experts, drafting.distances)
+        numbers = (jnp.asarray(number, jnp.int32) for number in (choice.num_draft_tokens, num_cycles))
+        self.state, self._draft_set, verified = steps.decode(
+            weights.params,
+            weights.store,
+            self.state,
+            draft_set,
+            drafting.distances,
+            self.sampling,
+            *numbers,
+            capacity=drafting.num_cycles(self.engine.runtime.decode_chunk),
+            mode=self.mode,
+        )
+        return verified
+
     def prefill(self) -> Iterator[Delta]:
         start = time.perf_counter()
         for chunk in self._chunks():
@@ -256,17 +200,49 @@ class _Batch:
         yield from self._hand_out(tokens[:, None], logprobs[:, None], done)
 
     def decode(self) -> Iterator[Delta]:
+        """One call of a jitted step: plain steps, or cycles."""
+        choice = self.drafting.choose(self._num_active) if self.drafting else Choice(0)
+        if self.drafting and choice.num_draft_tokens:
+            yield from self._decode_drafted(self.drafting, choice)
+        else:
+            yield from self._decode_plain()
+
+    def _decode_plain(self) -> Iterator[Delta]:
         start, capacity = time.perf_counter(), self.engine.runtime.decode_chunk
-        emitted = self._decode(self._num_steps(capacity) if self.clock.is_live else capacity)
-        emitted, done = jax.device_get((emitted, self.state.done))  # together: one wait
+        emitted = self._decode(self._num_steps(Choice(0), capacity))
+        self._draft_set = None  # its experts may lose their slots
+        emitted, done, experts = jax.device_get((emitted, self.state.done, self._counters()))  # together: one wait
         num_steps = int(emitted.num_steps)
         self._record(jax.tree.map(lambda steps: steps[:num_steps], emitted.routed), is_prefill=False)
         tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
-        took = time.perf_counter() - start
-        self._step_s = took / max(1, num_steps)
-        self.clock.decode_calls.append((num_steps, took))
-        self.clock.num_decode_tokens += int((tokens != NO_TOKEN).sum())
+        num_tokens = int((tokens != NO_TOKEN).sum())
+        counts = {"num_tokens": num_tokens, "num_verifications": num_tokens}
+        self._count(0, num_steps, time.perf_counter() - start, experts, counts)
         yield from self._hand_out(tokens, logprobs, done)
+
+    def _decode_drafted(self, drafting: Drafting, choice: Choice) -> Iterator[Delta]:
+        start, capacity = time.perf_counter(), drafting.num_cycles(self.engine.runtime.decode_chunk)
+        verified = self._cycles(drafting, choice, self._num_steps(choice, capacity))
+        verified, done, experts = jax.device_get((verified, self.state.done, self._counters()))
+        names = ("num_verifications", "proposed", "accepted")
+        counts = {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
+        took = time.perf_counter() - start
+        self._count(choice.num_draft_tokens, int(verified.num_cycles), took, experts, counts)
+        yield from self._hand_out(verified.token_ids, verified.logprobs, done)
+
+    def _counters(self) -> Counters | None:
+        """Asked for with drafts alone, whose stats and choice go by them."""
+        return self.state.experts.residency.decode if self.drafting else None
+
+    def _count(self, number: int, num_steps: int, seconds: float, counters: Counters | None, counts: dict) -> None:
+        self._step_s[number] = seconds / max(1, num_steps)
+        self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
+        if self.drafting is None or counters is None:
+            return
+        experts, self._seen = ExpertCounts.read(counters) - self._seen, ExpertCounts.read(counters)
+        call = DecodeCalls(num_draft_tokens=number, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
+        self.drafting.record(self._num_active, call)
+        self.clock.add_call(call)
 
     def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
         if routed is not None and self.clock.recording is not None:
@@ -274,9 +250,11 @@ class _Batch:
             ids, weights = np.asarray(routed.expert_ids), np.asarray(routed.combine_weights)
             self.clock.recording.add(ids, weights, requests, is_prefill=is_prefill)
 
-    def _num_steps(self, capacity: int) -> int:
-        """As many steps as fill LIVE_S at the pace of the last call; one to begin with."""
-        return 1 if self._step_s is None else max(1, min(capacity, int(LIVE_S / self._step_s)))
+    def _num_steps(self, choice: Choice, capacity: int) -> int:
+        """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches."""
+        capacity = min(capacity, choice.num_steps or capacity)
+        step_s = self._step_s.get(choice.num_draft_tokens)
+        return capacity if not self.clock.is_live else 1 if step_s is None else min(capacity, _fitting(step_s))
 
     def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray, done: np.ndarray) -> Iterator[Delta]:
         stopped = np.zeros(len(self.sequences), bool)
@@ -288,7 +266,8 @@ class _Batch:
         if (stopped & ~done).any():
             committed = jax.device_put(done | stopped, jax.devices()[0])  # as a step returns it, see init_state
             self.state = dataclasses.replace(self.state, done=committed)
-        self.finished = bool((done | stopped).all())
+        self._num_active = int((~(done | stopped)).sum())
+        self.finished = self._num_active == 0
 
     def close(self) -> None:
         if not self.state.experts.is_deleted():
@@ -296,3 +275,8 @@ class _Batch:
             self.clock.prefill = self.clock.prefill + prefill - self._before[0]
             self.clock.decode = self.clock.decode + decode - self._before[1]
         self.engine.give_back(self.state)
+
+
+def _fitting(step_s: float) -> int:
+    """How many steps fill LIVE_S; one at least."""
+    return max(1, int(LIVE_S / step_s))

@@ -9,9 +9,11 @@ import jax
 from jmoe import checkpoint, memory, sources
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.engine import Announce, Engine, Progress, Weights
+from jmoe.experts import affinity
 from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.store import ExpertStore
 from jmoe.hf_files import read_json
+from jmoe.router_delta import RouterDelta
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 
@@ -19,10 +21,13 @@ def load(
     model: str | Path | None = None,
     runtime: RuntimeConfig = RuntimeConfig(),
     *,
+    router: str | Path | None = None,
     progress: Progress | None = None,
     announce: Announce | None = None,
 ) -> Engine:
     """An engine for a converted directory, a Hugging Face directory or a hub id; None is the demo model.
+
+    `router` is a file of tuned routers (`jmoe.router_delta`) of this checkpoint, used instead of its own.
 
     Raises ValueError for a path, an option or a plan that cannot work, RuntimeError for a checkpoint or a machine that
     does not.
@@ -35,15 +40,18 @@ def load(
         model, progress=progress, announce=announce, prepare=lambda config: memory.configure_backend(as_run(config))
     )
     manifest = checkpoint.read_manifest(path)
+    delta = None if router is None else RouterDelta.read(router, manifest)
+    fingerprint = manifest.fingerprint if delta is None else delta.fingerprint
     config = as_run(manifest.config)
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
     return Engine.start(
         config,
         runtime,
-        lambda: load_weights(path, config, progress),
+        lambda: load_weights(path, config, progress, delta),
         announce=announce,
-        fingerprint=manifest.fingerprint,
-        experience_file=_experience_file(manifest.fingerprint, runtime),
+        fingerprint=fingerprint,
+        experience_file=_experience_file(fingerprint, runtime),
+        affinity_files=_affinity_files(None if delta else path, fingerprint),
         tokenizer=_tokenizer(path, announce),
         generation_defaults=_generation_defaults(path),
     )
@@ -52,6 +60,12 @@ def load(
 def _experience_file(fingerprint: str, runtime: RuntimeConfig) -> Path:
     policy = runtime.residency_policy or DEFAULT_POLICY
     return sources.cache_dir() / "residency" / f"{fingerprint[:16]}-{policy}.npz"
+
+
+def _affinity_files(path: Path | None, fingerprint: str) -> tuple[Path, ...]:
+    """In the cache, and before that beside the checkpoint, unless (None) it runs with routers that are not its own."""
+    beside = () if path is None else (path / affinity.FILE,)
+    return *beside, sources.cache_dir() / "affinity" / f"{fingerprint[:16]}.npz"
 
 
 def _tokenizer(path: Path, announce: Announce | None) -> Tokenizer | None:
@@ -67,10 +81,13 @@ def _generation_defaults(path: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def load_weights(path: Path, config: ModelConfig, progress: Progress | None = None) -> Weights:
-    """Restores the trunk to the device and the experts, a layer at a time, to pinned host memory."""
+def load_weights(
+    path: Path, config: ModelConfig, progress: Progress | None = None, delta: RouterDelta | None = None
+) -> Weights:
+    """Restores the trunk to the device, with the tuned routers, and the experts, layer by layer, to pinned memory."""
     report = progress or (lambda phase, done, total: None)
     params = checkpoint.load_trunk(path, config, memory.device_sharding())
+    params = params if delta is None else jax.device_put(delta.applied_to(params), memory.device_sharding())
     layers = []
     for layer in config.moe_layers:
         layers.append(checkpoint.load_experts(path, config, layer, memory.host_sharding()))

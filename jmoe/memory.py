@@ -35,6 +35,11 @@ def host_sharding() -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
 
 
+def to_device(array: jax.Array) -> jax.Array:
+    """Inside a jitted function: a copy in device memory of what may lie in host memory."""
+    return jax.device_put(array, jax.memory.Space.Device)
+
+
 def enable_compilation_cache(directory: Path) -> None:
     """Keeps compiled programs in `directory` from run to run, unless JAX was already told where to keep them."""
     if jax.config.jax_compilation_cache_dir is None:
@@ -166,9 +171,15 @@ def format_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def workspace_bytes(config: ModelConfig, batch_size: int, max_seq_len: int, prefill_chunk: int) -> int:
-    """Temporaries of the larger of the two steps, estimated from the arrays that live at the same time."""
-    item = DTYPE_BYTES[config.dtype]
+def workspace_bytes(
+    config: ModelConfig, batch_size: int, max_seq_len: int, prefill_chunk: int, most_draft_tokens: int = 0
+) -> int:
+    """Temporaries of the larger of the steps, estimated from the arrays that live at the same time.
+
+    A verification takes in a token more than are drafted, with logits of each.
+    """
+    item, verified = DTYPE_BYTES[config.dtype], most_draft_tokens + 1
+    prefill_chunk = max(prefill_chunk, verified)
     rows = batch_size * prefill_chunk
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     block = query_block((batch_size, prefill_chunk, heads, config.head_dim), max_seq_len)
@@ -176,8 +187,11 @@ def workspace_bytes(config: ModelConfig, batch_size: int, max_seq_len: int, pref
     qkv = rows * (heads + 2 * kv_heads) * config.head_dim * (item + 4)
     hidden = rows * config.hidden_size * (4 * item + 2 * 4)
     widest = max(config.moe_intermediate_size, config.intermediate_size if config.mlp_only_layers else 0)
-    experts = rows * widest * 3 * 4 + min(rows * config.num_experts_per_tok, config.num_experts) * rows * 8
-    logits = batch_size * config.vocab_size * 4 * 6  # sampling sorts values and indices
+    choices = rows * config.num_experts_per_tok
+    groups = min(choices, config.num_experts)
+    places = choices + 8 * groups + 128 if rows > 32 else 0  # rows gathered by expert, and their hidden values
+    experts = rows * widest * 3 * 4 + groups * rows * 16 + places * (config.hidden_size + widest) * item
+    logits = batch_size * verified * config.vocab_size * 4 * 6  # sampling sorts values and indices
     return max(scores, experts) + qkv + hidden + logits
 
 
@@ -208,7 +222,7 @@ def plan_memory(
         "trunk": trunk_bytes,
         "staging slots": staging * config.expert_bytes,
         "KV cache": kv_bytes(config, runtime.batch_size, max_seq_len),
-        "workspace": workspace_bytes(config, runtime.batch_size, max_seq_len, prefill_chunk),
+        "workspace": workspace_bytes(config, runtime.batch_size, max_seq_len, prefill_chunk, runtime.most_draft_tokens),
     }
     slots = _slots_per_layer(config, runtime, device_limit, fixed)
     layout = SlotLayout(

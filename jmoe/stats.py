@@ -45,6 +45,129 @@ class ExpertCounts:
         return self.hits / asked if asked else 1.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeCalls:
+    """What calls of a jitted step came to that drafted the same number of tokens at a time; 0: plain steps.
+
+    `num_steps` counts cycles, or plain steps; `num_verifications` the sequences of each that were not done.
+    """
+
+    num_draft_tokens: int
+    num_steps: int
+    seconds: float
+    num_tokens: int
+    num_verifications: int
+    proposed: int = 0
+    accepted: int = 0
+    experts: ExpertCounts
+
+    def __add__(self, other: "DecodeCalls") -> "DecodeCalls":
+        """Both together. The number of drafted tokens is 0 where they differ."""
+        same = self.num_draft_tokens if self.num_draft_tokens == other.num_draft_tokens else 0
+        names = [field.name for field in dataclasses.fields(self) if field.name != "num_draft_tokens"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return DecodeCalls(num_draft_tokens=same, **sums)
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Tokens that a verification yields, the one after the accepted included."""
+        return self.num_tokens / self.num_verifications if self.num_verifications else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def experts_per_step(self) -> float:
+        """Distinct experts that a step asks for, all layers together."""
+        return (self.experts.hits + self.experts.misses) / self.num_steps if self.num_steps else 0.0
+
+    @property
+    def misses_per_token(self) -> float:
+        return self.experts.misses / self.num_tokens if self.num_tokens else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftStats:
+    """Speculative decoding beside plain steps: the calls of a generation, by the number of tokens that they drafted."""
+
+    calls: tuple[DecodeCalls, ...]
+    num_layers: int
+    expert_bytes: int
+
+    @property
+    def plain(self) -> DecodeCalls:
+        """The plain steps; all zeros where there were none."""
+        return sum((calls for calls in self.calls if not calls.num_draft_tokens), _NO_CALLS)
+
+    @property
+    def cycles(self) -> DecodeCalls:
+        """All calls that drafted; all zeros where there were none."""
+        return sum((calls for calls in self.calls if calls.num_draft_tokens), _NO_CALLS)
+
+    @property
+    def steps_by_draft_tokens(self) -> dict[int, int]:
+        """What was chosen: cycles (0: plain steps) for each number of drafted tokens."""
+        return {calls.num_draft_tokens: calls.num_steps for calls in self.calls}
+
+    @property
+    def union_size(self) -> float:
+        """Distinct experts of a layer that a verification asks for."""
+        return self.cycles.experts_per_step / self.num_layers
+
+    def bytes_per_token(self, calls: DecodeCalls) -> float:
+        """Bytes that crossed the link for one decoded token."""
+        return calls.misses_per_token * self.expert_bytes
+
+    def lines(self) -> list[str]:
+        """For people: how the drafts did, and what was chosen."""
+        plain, cycles = self.plain, self.cycles
+        chosen = ", ".join(
+            f"{count} cycles of {number}" if number else f"{count} plain steps"
+            for number, count in self.steps_by_draft_tokens.items()
+        )
+        if not cycles.num_steps:
+            return [f"drafts: {chosen}"]
+        beside = ""
+        if plain.num_steps:
+            beside = f" (plain steps {self.bytes_per_token(plain) / 1e6:.2f} MB, {plain.tokens_per_s:.1f} tokens/s)"
+        return [
+            f"drafts: {chosen}; {cycles.accepted} of {cycles.proposed} tokens accepted "
+            f"({cycles.acceptance_rate:.1%}), {cycles.mean_accepted:.2f} tokens a verification",
+            f"a verification asks for {self.union_size:.1f} experts a layer; cycles fetched "
+            f"{self.bytes_per_token(cycles) / 1e6:.2f} MB a token, {cycles.tokens_per_s:.1f} tokens/s{beside}",
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; what never ran has none of its own."""
+        cycles, plain = self.cycles, self.plain
+        return {
+            "calls": [dataclasses.asdict(calls) for calls in self.calls],
+            "steps_by_draft_tokens": self.steps_by_draft_tokens,
+            "proposed": cycles.proposed,
+            "accepted": cycles.accepted,
+            "acceptance_rate": cycles.acceptance_rate if cycles.num_steps else None,
+            "mean_accepted": cycles.mean_accepted if cycles.num_steps else None,
+            "union_size": self.union_size if cycles.num_steps else None,
+            "bytes_per_token": self.bytes_per_token(cycles) if cycles.num_steps else None,
+            "plain_bytes_per_token": self.bytes_per_token(plain) if plain.num_steps else None,
+        }
+
+
+_NO_CALLS = DecodeCalls(
+    num_draft_tokens=0,
+    num_steps=0,
+    seconds=0.0,
+    num_tokens=0,
+    num_verifications=0,
+    experts=ExpertCounts(hits=0, fetched=0, streamed=0),
+)
+
+
 def read_counts(residency: Residency) -> tuple[ExpertCounts, ExpertCounts]:
     """(prefill, decode) so far."""
     return ExpertCounts.read(residency.prefill), ExpertCounts.read(residency.decode)
@@ -55,7 +178,8 @@ class GenerationStats:
     """Of one call of `Engine.generate`. Decode figures leave out the first token, which prefill produces.
 
     `compile_s` is spent once for each shape, before the other clocks start. `decode_calls` are the (steps, seconds) of
-    each call of the jitted decode; what the caller does between them does not count.
+    each call of a jitted step; what the caller does between them does not count. With drafts, a cycle is a step, and
+    `drafts` says how they did.
     """
 
     num_prompt_tokens: int
@@ -69,6 +193,7 @@ class GenerationStats:
     expert_bytes: int
     link_ceiling_gbps: float | None
     peak_device_bytes: int | None
+    drafts: DraftStats | None = None
 
     @property
     def num_decode_steps(self) -> int:
@@ -119,6 +244,7 @@ class GenerationStats:
             f"experts {decode.hits + decode.misses} asked for, hit rate {decode.hit_rate:.1%}, "
             f"{decode.fetched} fetched, {decode.streamed} streamed",
             f"fetched {self.bytes_per_token / 1e6:.2f} MB a token, {self.fetched_gbps:.2f} GB/s{share}",
+            *(self.drafts.lines() if self.drafts else []),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,4 +258,5 @@ class GenerationStats:
             "fetched_gbps",
             "percent_of_ceiling",
         )
-        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
+        values = {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
+        return {**values, "drafts": self.drafts.to_dict() if self.drafts else None}

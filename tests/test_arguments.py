@@ -47,6 +47,46 @@ def test_options_override_the_runtime_file(tmp_path: Path) -> None:
     assert runtime == expected
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {"draft": "off"}),
+        (["--draft", "off"], {"draft": "off"}),
+        (["--draft", "3", "--draft-experts", "5"], {"draft": 3, "draft_experts": 5, "most_draft_tokens": 3}),
+        (["--draft", "auto"], {"draft": "auto", "draft_experts": None, "draft_tokens": 4, "most_draft_tokens": 4}),
+        (["--draft", "auto", "--draft-tokens", "6"], {"draft": "auto", "most_draft_tokens": 6}),
+    ],
+)
+def test_drafts(argv: list[str], expected: dict) -> None:
+    runtime = arguments.runtime_config(arguments.parse(argv), 1)
+    assert {name: getattr(runtime, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "on", "2.5", ""])
+def test_what_is_no_number_of_drafts(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        arguments.parse([f"--draft={text}"])
+    assert stop.value.code == 2
+    assert "is not off, auto or a number of tokens to draft, at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--draft", "2", "--draft-tokens", "3"],
+            "--draft-tokens is the most that --draft auto tries, and --draft is 2",
+        ),
+        (["--draft-tokens", "3"], "--draft is off; leave it out"),
+        (["--draft-experts", "3"], "--draft-experts says what drafts, and nothing does; add --draft auto, or a number"),
+        (["--draft", "auto", "--draft-tokens", "0"], "draft_tokens=0 must be at least 1"),
+    ],
+)
+def test_draft_options_that_mean_nothing_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments.runtime_config(arguments.parse(argv), 1)
+
+
 def test_a_batch_holds_all_prompts_unless_told_otherwise() -> None:
     assert arguments.runtime_config(arguments.parse([]), 5).batch_size == 5
     assert arguments.runtime_config(arguments.parse(["--batch-size", "1"]), 5).batch_size == 1

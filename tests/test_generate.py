@@ -120,6 +120,21 @@ def test_slots_do_not_change_the_text(run) -> None:
     assert run("--prompt", "Hello", "--expert-slots", "6", *PLENTY)[0] == run("--prompt", "Hello", *PLENTY)[0]
 
 
+def test_drafts_do_not_change_the_text_and_are_summed_up(run) -> None:
+    options = ["--prompt", "Hello", *PLENTY, "--temperature", "0.9"]
+    plain, _ = run(*options)
+    drafted, err = run(*options, "--draft", "2")
+    assert drafted == plain
+    assert "drafts of 2 tokens, with 3 of 6 experts a layer, all that have a slot, chosen automatically" in err
+    for expected in ("cycles of 2", "tokens accepted", "tokens a verification", "experts a layer; cycles fetched"):
+        assert expected in err
+    report = json.loads(run(*options, "--draft", "auto", "--draft-tokens", "2", "--json")[0])
+    drafts = report["stats"]["drafts"]
+    assert report["completions"][0]["text"] + "\n" == plain
+    assert sum(drafts["steps_by_draft_tokens"].values()) == report["stats"]["num_decode_steps"]
+    assert report["runtime"]["draft"] == "auto"
+
+
 def test_a_batch_is_labelled_and_is_its_prompts_one_by_one(run) -> None:
     alone = [run("--prompt", prompt, *PLENTY)[0] for prompt in ("Hello", "Another\nprompt", "x")]
     expected = "\n".join(["[1] Hello", alone[0] + "[2] Another prompt", alone[1] + "[3] x", alone[2]])
@@ -328,6 +343,8 @@ def test_a_bug_is_not_hidden(run, monkeypatch: pytest.MonkeyPatch, error: Except
         (["--prompt", "x", "--stop", ""], "stop=('',) must be"),
         (["--prompt", "x", "--system", "y"], "add --chat"),
         (["--prompt", "x", "--logprobs"], "add --json"),
+        (["--prompt", "x", "--draft", "2", "--draft-experts", "4"], "draft_experts=4 are more than the 3 slots"),
+        (["--prompt", "x", "--draft-experts", "2"], "add --draft auto"),
         (["--prompt", "x", "--runtime", "/no/such.toml"], "/no/such.toml: no such file"),
     ],
 )

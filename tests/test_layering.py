@@ -13,24 +13,30 @@ ROOT = Path(__file__).parent.parent
 # import itself and every row below its own, but not its neighbours in the row.
 ROWS = (
     ("tools",),
+    ("jmoe.tune_router",),
     ("jmoe.__main__", "jmoe.generate"),
     ("jmoe",),  # the public names: jmoe/__init__.py alone
     ("jmoe.training",),
     ("jmoe.evaluation",),
     ("jmoe.engine",),
     ("jmoe.decoding", "jmoe.sources"),
+    ("jmoe.experts.affinity",),
     ("jmoe.experts.draft",),
     ("jmoe.experts.layer", "jmoe.convert", "jmoe.export", "jmoe.synthetic"),
-    ("jmoe.hf_files",),
+    ("jmoe.hf_files", "jmoe.router_delta"),
     ("jmoe.checkpoint",),
-    ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer", "jmoe.traces"),
+    ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer", "jmoe.traces", "jmoe.experts.prefetch"),
     ("jmoe.model", "jmoe.experts"),
     ("kernels_pallas",),
     ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats"),
 )
 PART_OF = {
+    "jmoe.clock": "jmoe.engine",
+    "jmoe.drafting": "jmoe.engine",
+    "jmoe.completions": "jmoe.engine",
     "jmoe.generation": "jmoe.engine",
     "jmoe.loading": "jmoe.engine",
+    "jmoe.experts.prefetch_file": "jmoe.experts.prefetch",
     "jmoe.arguments": "jmoe.generate",
 }  # modules that are one unit with another
 RANKS = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}

@@ -75,6 +75,21 @@ def test_a_sampled_batch_equals_its_members_alone() -> None:
     assert alone[1] == reference_tokens()[1]
 
 
+@pytest.mark.parametrize(("draft", "draft_experts", "expert_slots"), [(1, 1, 2), (4, None, 4), (6, 3, 8)])
+def test_greedy_drafts_equal_plain_decoding(draft: int, draft_experts: int | None, expert_slots: int) -> None:
+    """However many tokens are drafted with however many experts; tests/test_drafting.py has all the ways to end."""
+    made = models.engine(draft=draft, draft_experts=draft_experts, expert_slots=expert_slots, batch_size=3)
+    assert tokens(made) == reference_tokens()
+
+
+def test_sampled_drafts_equal_plain_decoding() -> None:
+    """The very tokens, so their distribution too: tests/test_speculative_distribution.py looks at that by itself."""
+    requests = [SamplingParams(max_new_tokens=20, temperature=1.2, top_p=0.95, seed=seed) for seed in range(3)]
+    plain = tokens(models.engine(batch_size=3), PROMPTS, requests)
+    assert tokens(models.engine(batch_size=3, draft=3), PROMPTS, requests) == plain
+    assert len({row[:8] for row in plain}) == 3
+
+
 @pytest.mark.parametrize("prefill_chunk", [1, 7, 16])
 def test_prefill_in_chunks_equals_one_prefill(prefill_chunk: int) -> None:
     prompt = PROMPTS[2]
@@ -125,7 +140,7 @@ def test_slots_hold_what_residency_says() -> None:
     engine = models.engine(expert_slots=3)
     engine.generate(PROMPTS, GREEDY).results()
     state = engine.new_state(1, np.ones(1))
-    layers = state.experts.residency.layers
+    layers = state.experts.residency.stacked
     owner, slot_of = np.asarray(layers.owner), np.asarray(layers.slot_of)
     for layer, store in enumerate(engine.weights.store.layers):
         for slot, expert in enumerate(owner[layer]):
@@ -139,11 +154,11 @@ def test_prefill_leaves_the_decode_set_alone() -> None:
     engine = models.engine(expert_slots=3)
     engine.generate(PROMPTS, GREEDY).results()
     before = engine.new_state(1, np.ones(1))
-    owner = np.asarray(before.experts.residency.layers.owner)
+    owner = np.asarray(before.experts.residency.stacked.owner)
     engine.give_back(before)
     engine.logits([PROMPTS[2]])
     after = engine.new_state(1, np.ones(1))
-    np.testing.assert_array_equal(owner, np.asarray(after.experts.residency.layers.owner))
+    np.testing.assert_array_equal(owner, np.asarray(after.experts.residency.stacked.owner))
 
 
 def test_a_rolled_back_kv_equals_one_never_written() -> None:

@@ -108,8 +108,9 @@ def both(made: Engine, config: DraftConfig, num_draft_tokens: int, kind: str, nu
     return runs[0], *runs[1]
 
 
-@pytest.mark.parametrize("kind", ["greedy", "full", "truncated"])
-@pytest.mark.parametrize(("num_draft_tokens", "num_experts"), [(1, 1), (3, 2), (5, 4)])
+@pytest.mark.parametrize(
+    ("kind", "num_draft_tokens", "num_experts"), [("greedy", 1, 1), ("full", 3, 2), ("truncated", 5, 4)]
+)
 def test_the_tokens_are_those_of_plain_decoding(kind: str, num_draft_tokens: int, num_experts: int) -> None:
     plain, drafted, verified = both(engine(), DraftConfig(num_experts), num_draft_tokens, kind)
     assert drafted == plain
@@ -119,14 +120,22 @@ def test_the_tokens_are_those_of_plain_decoding(kind: str, num_draft_tokens: int
     assert cycles <= NEW
 
 
-@pytest.mark.parametrize("policy", ["hot", "hot_temporal", "hot_global", "random", "resident"])
-@pytest.mark.parametrize("missing", ["reroute", "substitute", "drop"])
+@pytest.mark.parametrize(
+    ("policy", "missing"),
+    [
+        ("hot", "substitute"),
+        ("hot_temporal", "reroute"),
+        ("hot_global", "drop"),
+        ("random", "drop"),
+        ("resident", "reroute"),
+    ],
+)
 def test_no_draft_set_changes_a_token(policy, missing) -> None:
     plain, drafted, _ = both(engine(), DraftConfig(2, policy=policy, missing=missing), 3, "full")
     assert drafted == plain
 
 
-@pytest.mark.parametrize("expert_slots", [2, 5, 8])
+@pytest.mark.parametrize("expert_slots", [2, 5])
 def test_slots_change_no_token(expert_slots: int) -> None:
     """With two, every verification needs more than there are and goes in waves."""
     plain, drafted, _ = both(engine(expert_slots), DraftConfig(2), 3, "greedy")
@@ -156,7 +165,10 @@ def test_an_end_of_sequence_inside_a_draft_ends_it() -> None:
 
 
 def test_nothing_of_a_draft_stays_behind() -> None:
-    """After a few cycles, plain decoding goes on as if there had been none; so do another's cycles."""
+    """After a few cycles, plain decoding goes on as if there had been none; so do another's cycles.
+
+    The keys and values that stay are those of plain decoding, and so are the last log-probabilities.
+    """
     prompts, params = models.prompts(6, 11), requests("full", 2)
     plain = Run.begin(engine(), prompts, params)
     whole = plain.plain()
@@ -169,6 +181,12 @@ def test_nothing_of_a_draft_stays_behind() -> None:
     third, _ = mixed.drafted(DraftConfig(3, policy="random"), 5)
     mixed.close()
     assert [a + b + c for a, b, c in zip(first, second, third, strict=True)] == whole
+    kept, clean = mixed.state.cache, plain.state.cache
+    np.testing.assert_array_equal(kept.lengths, clean.lengths)
+    for row, length in enumerate(np.asarray(clean.lengths)):
+        for got, wanted in zip((*kept.keys, *kept.values), (*clean.keys, *clean.values), strict=True):
+            np.testing.assert_allclose(got[row, :length], wanted[row, :length], atol=1e-5)
+    np.testing.assert_allclose(mixed.state.last_logprobs, plain.state.last_logprobs, atol=1e-5)
 
 
 def test_a_batch_is_as_each_alone() -> None:
@@ -271,13 +289,14 @@ def test_rerouting_takes_the_routers_next_best() -> None:
 def test_heat_fades_as_the_policy_says() -> None:
     slots = engine(8)._slots
     counts = [jnp.zeros((2, 8)).at[:, n].set(4.0) for n in (3, 5)]
-    for policy, wanted in (("hot", [3.6, 4.0]), ("hot_temporal", [0.0, 4.0]), ("hot_global", [4.0, 4.0])):
+    all_wanted = {"hot": [3.6, 4.0], "hot_temporal": [0.0, 4.0], "hot_global": [4.0, 4.0], "frozen": [4.0, 0.0]}
+    for policy, wanted in all_wanted.items():
         config = DraftConfig(1, policy=policy)  # type: ignore[arg-type]
         found = draft.start(config, slots)
         for each in counts:
             found = draft.refresh(config, found, each, slots)
         np.testing.assert_allclose(found.heat[0, [3, 5]], wanted)
-        assert found.stand_in[0].tolist().index(int(np.argmax(found.heat[0]))) == (3 if policy == "hot_global" else 5)
+        assert found.stand_in[0].tolist().index(int(np.argmax(found.heat[0]))) == (3, 5)[int(np.argmax(wanted))]
 
 
 def test_substitution_needs_distances() -> None:

@@ -1,12 +1,13 @@
 """What a generation's figures mean, by hand."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
 import pytest
 
 from jmoe.experts.residency import Counters, init_residency
-from jmoe.stats import ExpertCounts, GenerationStats, read_counts
+from jmoe.stats import DecodeCalls, DraftStats, ExpertCounts, GenerationStats, read_counts
 
 
 def counts(hits: int = 0, fetched: int = 0, streamed: int = 0) -> ExpertCounts:
@@ -93,3 +94,70 @@ def test_counts_are_summed_over_layers() -> None:
     layers = Counters(jnp.asarray([most, most]), jnp.asarray([3, 4]), jnp.asarray([0, 1]))
     assert ExpertCounts.read(layers) == counts(2 * most, 7, 1)
     assert read_counts(init_residency(2, 4, 2)) == (counts(), counts())
+
+
+# Drafts: 8 plain steps, and 10 cycles of 4 and 2 of 2, each of two sequences
+
+PLAIN = DecodeCalls(
+    num_draft_tokens=0, num_steps=8, seconds=0.4, num_tokens=16, num_verifications=16, experts=counts(90, 60, 4)
+)
+TWO = DecodeCalls(
+    num_draft_tokens=2,
+    num_steps=2,
+    seconds=0.1,
+    num_tokens=8,
+    num_verifications=4,
+    proposed=8,
+    accepted=4,
+    experts=counts(20, 8, 0),
+)
+FOUR = DecodeCalls(
+    num_draft_tokens=4,
+    num_steps=10,
+    seconds=0.7,
+    num_tokens=48,
+    num_verifications=20,
+    proposed=72,
+    accepted=28,
+    experts=counts(160, 40, 12),
+)
+DRAFTS = DraftStats(calls=(PLAIN, TWO, FOUR), num_layers=5, expert_bytes=5_000_000)
+
+
+def test_what_is_derived_of_drafts() -> None:
+    cycles = DRAFTS.cycles
+    assert (DRAFTS.plain.num_steps, cycles.num_steps, cycles.num_tokens, cycles.proposed) == (8, 12, 56, 80)
+    assert cycles.acceptance_rate == 32 / 80
+    assert cycles.mean_accepted == 56 / 24
+    assert cycles.tokens_per_s == pytest.approx(56 / 0.8)
+    assert DRAFTS.union_size == 240 / 12 / 5
+    assert DRAFTS.bytes_per_token(cycles) == 60 * 5e6 / 56
+    assert DRAFTS.bytes_per_token(DRAFTS.plain) == 64 * 5e6 / 16
+    assert DRAFTS.steps_by_draft_tokens == {0: 8, 2: 2, 4: 10}
+
+
+def test_drafts_in_words() -> None:
+    text = "\n".join(stats(drafts=DRAFTS).lines())
+    assert "drafts: 8 plain steps, 2 cycles of 2, 10 cycles of 4; 32 of 80 tokens accepted (40.0%), 2.33 tokens" in text
+    assert "a verification asks for 4.0 experts a layer; cycles fetched 5.36 MB a token, 70.0 tokens/s" in text
+    assert "(plain steps 20.00 MB, 40.0 tokens/s)" in text
+    alone = "\n".join(dataclasses.replace(DRAFTS, calls=(FOUR,)).lines())
+    assert "plain" not in alone
+    assert dataclasses.replace(DRAFTS, calls=(PLAIN,)).lines() == ["drafts: 8 plain steps"]
+
+
+def test_drafts_as_json() -> None:
+    values = json.loads(json.dumps(stats(drafts=DRAFTS).to_dict()))["drafts"]
+    assert values["steps_by_draft_tokens"] == {"0": 8, "2": 2, "4": 10}
+    assert values["mean_accepted"] == 56 / 24
+    assert values["plain_bytes_per_token"] == 64 * 5e6 / 16
+    assert [calls["num_draft_tokens"] for calls in values["calls"]] == [0, 2, 4]
+    never = dataclasses.replace(DRAFTS, calls=(PLAIN,)).to_dict()
+    assert never["acceptance_rate"] is never["union_size"] is never["bytes_per_token"] is None
+    assert stats().to_dict()["drafts"] is None
+
+
+def test_calls_of_different_numbers_are_summed_as_cycles() -> None:
+    assert (TWO + TWO).num_draft_tokens == 2
+    assert (TWO + FOUR).num_draft_tokens == 0
+    assert (TWO + FOUR).experts == counts(180, 48, 12)

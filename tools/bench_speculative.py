@@ -1,63 +1,58 @@
-"""Speculative against plain decoding: acceptance, bytes and time a token, over batch sizes and draft sets.
+"""Speculative decoding beside other ways to decode: tokens a second, acceptance, experts and bytes, by batch size.
 
     python -m tools.bench_speculative                                       # the demo model
-    python -m tools.bench_speculative --model path/to/model --shares 0.125 --batch-sizes 1 64 --draft-tokens 4 8
+    python -m tools.bench_speculative --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat \
+        --batch-sizes 1 64 --shares 0.25 --draft-tokens 4 --draft-experts 16 --json rows.jsonl --plot speed.png
 
-Each row decodes the same requests with drafts and prints what that did beside plain decoding through as many slots:
-`acceptance` is accepted over proposed tokens, `tokens/cycle` what a verification yields for a sequence, `asked` how
-many experts of a layer a verification asks for, `MB/token` what crosses the link, `speed` tokens/s over plain ones. One
-line of JSON comes last. Tokens are the same as plain decoding's, which the tool checks where the dtype is float32.
+Ways to decode, each with an engine of its own through the same weights:
+
+- on-demand: the fewest slots that a layer can have, and whatever a step asks for beyond them is fetched
+- hottest: slots for a tenth of the experts, those used most often (lfu)
+- plain: no drafts, slots for each of --shares
+- drafts: as plain, with each of --draft-tokens, --draft-experts, --policies and --missing
+- auto: as plain, the engine choosing among 0 … --draft-tokens
+
+Each row is printed as soon as it is measured, and what does not fit says why. `tokens/step` is what a step (a cycle,
+with drafts) yields for a sequence, `experts` how many of a layer it asks for, `MB/token` what crosses the link. A row
+continues prompts that the run before, which is not counted, has not seen, for --new-tokens tokens or --seconds. Where
+the dtype is float32, drafted tokens are compared with plain ones.
 """
 
 import argparse
 import dataclasses
+import gc
+import importlib.util
 import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 
-import jmoe
 from jmoe import checkpoint, memory, sources
-from jmoe.config import DTYPES
-from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
-from jmoe.decoding.speculative import SpeculativeSteps
-from jmoe.decoding.step import DecodeState
-from jmoe.engine import Engine
-from jmoe.experts import draft
-from jmoe.experts.draft import DraftConfig, DraftPolicy, Missing, expert_distances
-from jmoe.generation import prompt_chunks
-from jmoe.stats import read_counts
+from jmoe.config import DTYPES, DraftPolicy, Missing, ModelConfig, RuntimeConfig
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.engine import Engine, Weights
+from jmoe.generation import Generation
+from jmoe.loading import load_weights
+from jmoe.tokenizer import load_tokenizer
 from tools.bench_decode import PROMPTS
-from tools.workload import Lengths, make_workload, read_prompts
+from tools.random_weights import random_weights
+from tools.speculative_rows import Way, heading, line_of, require_same, row_of, speed_of
+from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
-COLUMNS = (
-    ("batch", "{}"),
-    ("share", "{:g}"),
-    ("experts", "{}"),
-    ("tokens", "{}"),
-    ("policy", "{}"),
-    ("missing", "{}"),
-    ("acceptance", "{:.3f}"),
-    ("tokens/cycle", "{:.2f}"),
-    ("asked", "{:.1f}"),
-    ("MB/token", "{:.3f}"),
-    ("plain MB", "{:.3f}"),
-    ("ms/token", "{:.3f}"),
-    ("speed", "{:.2f}"),
-)
+WAYS = ("on-demand", "hottest", "plain", "drafts", "auto")
+HOTTEST_SHARE = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parser().parse_args(arguments)
     try:
-        rows = [row for share in options.shares for size in options.batch_sizes for row in sweep(options, share, size)]
+        rows = _run(options)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,165 +62,197 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="as python -m jmoe.generate takes it; default: the demo model")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="of the experts that have a slot")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[4])
-    parser.add_argument("--draft-experts", type=int, nargs="+", default=[16], help="kept in each layer")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="as python -m jmoe.generate takes it; default: the demo model")
+    source.add_argument("--config", type=Path, metavar="FILE", help="configs/models/*.toml, with --random-weights")
+    parser.add_argument("--random-weights", choices=("sticky", "flat"), default="flat")
+    parser.add_argument("--layers", type=int, metavar="N", help="decoder layers, if not the configuration's")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:4])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="1 … 256")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25], metavar="X", help="of experts with a slot")
+    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[4], metavar="N")
+    parser.add_argument("--draft-experts", type=int, nargs="+", metavar="N", help="of each layer; default: all slots")
     parser.add_argument("--policies", nargs="+", choices=get_args(DraftPolicy), default=["hot"])
     parser.add_argument("--missing", nargs="+", choices=get_args(Missing), default=["reroute"])
-    parser.add_argument("--prompt-tokens", type=int, default=96)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="of a checkpoint's workload")
+    parser.add_argument("--prompt-tokens", type=int, default=96, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="of each prompt, at most")
+    parser.add_argument("--warm-tokens", type=int, default=16, metavar="N", help="of the run before, not counted")
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="X", help="of decoding, the most for a row")
+    parser.add_argument("--decode-chunk", type=int, default=32, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add each row to it at once, a line of JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="tokens/s by batch size, drawn after each row")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="a profiler trace of a call of drafts' last row")
     return parser
 
 
-def sweep(options: argparse.Namespace, share: float, batch_size: int) -> list[dict[str, Any]]:
-    """The rows of one engine, which it prints as they come."""
-    bench = Bench.load(options, share, batch_size)
-    plain = bench.run(None, 0)
-    print("  ".join(name.rjust(12) for name, _ in COLUMNS), flush=True)
-    rows = []
-    settings = options.draft_experts, options.draft_tokens, options.policies, options.missing
-    for num_experts, num_tokens, policy, missing in itertools.product(*settings):
-        config = DraftConfig(num_experts, policy, missing)
-        drafted = bench.run(config, num_tokens)
-        if bench.engine.config.dtype == "float32" and drafted.tokens != plain.tokens:
-            raise RuntimeError(f"{config}, {num_tokens} tokens: other tokens than plain decoding. Please report it.")
-        row = {"batch": batch_size, "share": share, "experts": num_experts, "tokens": num_tokens, "policy": policy}
-        rows.append(row | {"missing": missing} | compare(plain, drafted, num_tokens))
-        print("  ".join(form.format(rows[-1][name]).rjust(12) for name, form in COLUMNS), flush=True)
+def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib, which is not installed; uv sync --extra plots, or leave it out")
+    bench = Bench.load(options)
+    print(heading(), flush=True)
+    rows: list[dict[str, Any]] = []
+    for way in ways(options, bench.config):
+        try:
+            row = bench.measure(way, rows)
+        except (ValueError, RuntimeError) as error:
+            if not _does_not_fit(error):
+                raise
+            row = {**dataclasses.asdict(way), "skipped": " ".join(str(error).split())[:300]}
+        rows.append(row)
+        _show(row, rows, options)
+        gc.collect()  # the slots, before the next engine takes its own
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Of one way to decode: the tokens of each sequence, time and traffic, and what drafts came to."""
-
-    tokens: list[list[int]]
-    seconds: float
-    asked: int
-    missed_bytes: int
-    num_layers: int
-    num_steps: int
-    proposed: int = 0
-    accepted: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.tokens))
+def _does_not_fit(error: Exception) -> bool:
+    return any(part in str(error) for part in ("not enough device memory", "are more than the", "RESOURCE_EXHAUSTED"))
 
 
-def compare(plain: Outcome, drafted: Outcome, num_draft_tokens: int) -> dict[str, float]:
-    """Drafts beside plain decoding. A cycle of a sequence proposes `num_draft_tokens`."""
-    cycles = drafted.proposed / num_draft_tokens
-    return {
-        "acceptance": drafted.accepted / drafted.proposed,
-        "tokens/cycle": drafted.num_tokens / cycles,
-        "asked": drafted.asked / drafted.num_steps / drafted.num_layers,
-        "MB/token": drafted.missed_bytes / drafted.num_tokens / 1e6,
-        "plain MB": plain.missed_bytes / plain.num_tokens / 1e6,
-        "ms/token": 1e3 * drafted.seconds / drafted.num_tokens,
-        "speed": (drafted.num_tokens / drafted.seconds) / (plain.num_tokens / plain.seconds),
-    }
+def _show(row: dict[str, Any], rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    if "skipped" in row:
+        print(f"skipped: {row['name']}, batch {row['batch']}, {row['slots']} slots: {row['skipped']}", flush=True)
+    else:
+        print(line_of(row), flush=True)
+    if options.json:
+        with options.json.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    if options.plot:
+        from tools import speculative_plots  # imports matplotlib, an extra
+
+        speculative_plots.speed_by_batch([row for row in rows if "skipped" not in row], options.plot)
+
+
+def ways(options: argparse.Namespace, config: ModelConfig) -> Iterator[Way]:
+    """What to measure, in the order of the rows: batch by batch, the slowest way of each first."""
+
+    def slots(share: float) -> int:
+        return max(config.num_experts_per_tok, round(share * config.num_experts))
+
+    drafts = options.draft_tokens, options.draft_experts or [None], options.policies, options.missing
+    for batch in options.batch_sizes:
+        if "on-demand" in options.ways:
+            yield Way("on-demand", batch, config.num_experts_per_tok)
+        if "hottest" in options.ways:
+            yield Way("hottest", batch, slots(HOTTEST_SHARE))
+        for share in options.shares:
+            if "plain" in options.ways:
+                yield Way("plain", batch, slots(share))
+            if "drafts" in options.ways:
+                yield from (Way("drafts", batch, slots(share), *each) for each in itertools.product(*drafts))
+            if "auto" in options.ways:
+                yield Way("auto", batch, slots(share), "auto")
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """An engine and its requests; each run takes the slots as the one before left them."""
+    """A model's weights, and the requests of the largest batch: the run that is not counted, and the one that is."""
 
-    engine: Engine
-    prompts: list[list[int]]
-    params: list[SamplingParams]
+    options: argparse.Namespace
+    config: ModelConfig
+    weights: Weights
+    requests: list[Request]
 
     @classmethod
-    def load(cls, options: argparse.Namespace, share: float, batch_size: int) -> "Bench":
-        longest = options.prompt_tokens + options.new_tokens + 1
-        runtime = jmoe.RuntimeConfig(
-            expert_slots=_slots(options, share), batch_size=batch_size, max_seq_len=longest, dtype=options.dtype
-        )
-        engine = jmoe.load(options.model, dataclasses.replace(runtime, measure_link=False))
-        if engine.tokenizer is None:
-            raise ValueError(f"{options.model} has no tokenizer, and prompts are text; choose a model that has one")
-        constant = Lengths.constant
-        requests = make_workload(
-            read_prompts(options.prompts),
-            engine.tokenizer,
-            num_requests=batch_size,
-            prompt_tokens=constant(options.prompt_tokens),
-            new_tokens=constant(options.new_tokens),
-            seed=options.seed,
-        )
-        shared = {"max_new_tokens": options.new_tokens, "temperature": options.temperature, "ignore_eos": True}
-        params = [SamplingParams(seed=options.seed + n, **shared) for n in range(batch_size)]
-        return cls(engine, [list(request.prompt_ids) for request in requests], params)
-
-    def run(self, config: DraftConfig | None, num_draft_tokens: int) -> Outcome:
-        """Decodes twice, since the first compiles, and reports the second."""
-        self._decode(config, num_draft_tokens)
-        return self._decode(config, num_draft_tokens)
-
-    def _decode(self, config: DraftConfig | None, num_draft_tokens: int) -> Outcome:
-        engine, weights = self.engine, self.engine.weights
-        sampling, mode = batch_sampling(self.params, ()), sampling_mode(self.params)
-        state = engine.new_state(len(self.prompts), [params.max_new_tokens for params in self.params])
-        for chunk in prompt_chunks(self.prompts, engine.plan.prefill_chunk):
-            state, _ = engine.steps.prefill(weights.params, weights.store, state, chunk, sampling, mode=mode)
-        before = jax.block_until_ready(read_counts(state.experts.residency))[1]
-        start, most = time.perf_counter(), self.params[0].max_new_tokens
-        if config is None:
-            state, tokens, drafts = self._plain(state, sampling, mode, most)
+    def load(cls, options: argparse.Namespace) -> "Bench":
+        path = None if options.config else sources.resolve(options.model, prepare=memory.configure_backend)
+        config = checkpoint.read_config(path) if path else ModelConfig.from_toml(options.config)
+        changes = {"num_hidden_layers": options.layers, "dtype": options.dtype}
+        config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+        memory.configure_backend(config)
+        memory.enable_compilation_cache(sources.cache_dir() / "compiled")
+        sizes: dict[str, Any] = {
+            "num_requests": 2 * max(options.batch_sizes),
+            "prompt_tokens": Lengths.constant(options.prompt_tokens),
+            "new_tokens": Lengths.constant(options.new_tokens),
+            "seed": options.seed,
+        }
+        if path is None:
+            requests = random_workload(config.vocab_size, **sizes)
         else:
-            state, tokens, drafts = self._drafted(state, sampling, mode, most, config, num_draft_tokens)
-        seconds = time.perf_counter() - start
-        counts = read_counts(state.experts.residency)[1] - before
-        engine.give_back(state)
-        num_layers = engine.plan.layout.num_layers
-        missed_bytes = counts.misses * engine.config.expert_bytes
-        return Outcome(tokens, seconds, counts.hits + counts.misses, missed_bytes, num_layers, **drafts)
+            requests = make_workload(read_prompts(options.prompts), load_tokenizer(path), **sizes)
+        start = time.perf_counter()
+        if path is None:
+            weights = random_weights(config, options.random_weights, options.seed)
+        else:
+            weights = load_weights(path, config)
+        took = time.perf_counter() - start
+        print(f"weights: {weights.store.nbytes / 1e9:.2f} GB of experts in {took:.1f} s", flush=True)
+        return cls(options, config, weights, requests)
 
-    def _plain(self, state: DecodeState, sampling, mode, most: int):
-        weights, count = self.engine.weights, jnp.asarray(most, jnp.int32)
-        state, emitted = self.engine.steps.decode(
-            weights.params, weights.store, state, sampling, count, capacity=most, mode=mode
+    def measure(self, way: Way, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A row. Raises what `Engine.start` does, and RuntimeError where tokens are not those of `rows`."""
+        options, most = self.options, self.options.new_tokens
+        engine = Engine.start(self.config, self._runtime(way), lambda: self.weights)
+        warming = self._generate(engine, way, range(way.batch), min(options.warm_tokens, most))
+        warming.results()
+        measured = self._generate(engine, way, range(way.batch, 2 * way.batch), most)
+        _run_for(measured, options.seconds)
+        row = row_of(way, measured.stats, engine.plan.layout.num_layers)
+        row["compile s"] = warming.stats.compile_s
+        tokens = [completion.token_ids for completion in measured.completions]
+        row["speed"] = speed_of(row, rows)
+        if self.config.dtype == "float32":
+            row["tokens"] = tokens
+            require_same(row, rows)
+        if options.profile and way.name == "drafts":
+            profile(self._generate(engine, way, range(way.batch), most), way.batch, options.profile)
+        return row
+
+    def _runtime(self, way: Way) -> RuntimeConfig:
+        options = self.options
+        return RuntimeConfig(
+            expert_slots=way.slots,
+            batch_size=way.batch,
+            max_seq_len=options.prompt_tokens + options.new_tokens,
+            prefill_chunk=max(1, min(512, 16384 // way.batch)),
+            decode_chunk=options.decode_chunk,
+            residency_policy="lfu" if way.name == "hottest" else None,
+            draft=way.draft,
+            draft_experts=way.experts,
+            draft_tokens=max(options.draft_tokens),
+            draft_policy=way.policy,
+            draft_missing=way.missing,
+            measure_link=False,
         )
-        emitted = jax.device_get(emitted)
-        rows = [row[row >= 0].tolist() for row in emitted.token_ids]
-        return state, rows, {"num_steps": int(emitted.num_steps)}
 
-    def _drafted(self, state: DecodeState, sampling, mode, most: int, config: DraftConfig, num_draft_tokens: int):
-        weights, steps = self.engine.weights, SpeculativeSteps(self.engine.steps, config, num_draft_tokens)
-        distances = self._distances() if config.missing == "substitute" else None
-        draft_set = draft.start(config, state.experts, distances)
-        counts = (jnp.asarray(number, jnp.int32) for number in (num_draft_tokens, most))
-        state, _, verified = steps.decode(
-            weights.params,
-            weights.store,
-            state,
-            draft_set,
-            distances,
-            sampling,
-            *counts,
-            capacity=most,
-            mode=mode,
-        )
-        verified = jax.device_get(verified)
-        rows = [row[:n].tolist() for row, n in zip(verified.token_ids, verified.num_tokens, strict=True)]
-        drafts = {"proposed": int(verified.proposed), "accepted": int(verified.accepted)}
-        return state, rows, {"num_steps": int(verified.num_cycles), **drafts}
-
-    def _distances(self) -> jax.Array:
-        """[L, E, E]; of one layer's experts at a time on the device."""
-        measure, sharding = jax.jit(expert_distances), memory.device_sharding()
-        return jnp.stack([measure(jax.device_put(layer, sharding)) for layer in self.engine.weights.store.layers])
+    def _generate(self, engine: Engine, way: Way, which: range, most: int) -> Generation:
+        options = self.options
+        params = [
+            SamplingParams(
+                max_new_tokens=most,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed + n,
+                ignore_eos=True,
+            )
+            for n in range(way.batch)
+        ]
+        return engine.generate([list(self.requests[n].prompt_ids) for n in which], params)
 
 
-def _slots(options: argparse.Namespace, share: float) -> int:
-    config = checkpoint.read_config(sources.resolve(options.model))
-    return max(config.num_experts_per_tok, round(share * config.num_experts))
+def _run_for(generation: Generation, seconds: float) -> None:
+    """Runs it to the end, or until decoding took so long."""
+    for _ in generation:
+        if generation.stats.decode_s > seconds:
+            break
+    generation.close()
+
+
+def profile(generation: Generation, batch_size: int, directory: Path) -> None:
+    """A trace of one call of the jitted cycles: each hands out tokens of every sequence, after prefill and a first."""
+    deltas = iter(generation)
+    for _ in itertools.islice(deltas, 2 * batch_size):
+        pass
+    with jax.profiler.trace(str(directory)):
+        for _ in itertools.islice(deltas, batch_size):
+            pass
+    generation.close()
+    print(f"profiler trace written to {directory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample
 from jmoe.decoding.step import COMPILER_OPTIONS, DecodeState, Steps
 from jmoe.experts import draft
 from jmoe.experts.draft import DraftConfig, DraftExperts, DraftSet
+from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
 from jmoe.model.kv_cache import KVCache
 
@@ -26,13 +27,14 @@ from jmoe.model.kv_cache import KVCache
 class Verified:
     """What cycles emitted: sequence b's tokens are the first `num_tokens[b]` of its row, NO_TOKEN the others.
 
-    `proposed` and `accepted` count drafted tokens, over the sequences that were not done.
+    `num_verifications` counts the sequences of each cycle that were not done; `proposed` and `accepted` drafted tokens.
     """
 
     token_ids: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     num_tokens: Int[Array, " B"]
     num_cycles: Int[Array, ""]
+    num_verifications: Int[Array, ""]
     proposed: Int[Array, ""]
     accepted: Int[Array, ""]
 
@@ -56,6 +58,11 @@ class SpeculativeSteps:
                 "speculative decoding does not go with rope_type 'dynamic', whose rotation changes with every token; "
                 "decode without drafts"
             )
+
+    @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
+    def start(self, experts: ExpertSlots, distances: Float[Array, "L E E"] | None = None) -> DraftSet:
+        """The draft set before the first verification, or where plain steps came between."""
+        return draft.start(self.draft, experts, distances, self.steps.policy)
 
     @functools.partial(
         jax.jit,
@@ -85,6 +92,7 @@ class SpeculativeSteps:
             logprobs=jnp.zeros((batch, most), jnp.float32),
             num_tokens=jnp.zeros((batch,), jnp.int32),
             num_cycles=zero,
+            num_verifications=zero,
             proposed=zero,
             accepted=zero,
         )
@@ -115,32 +123,41 @@ class SpeculativeSteps:
             drafted, cache = self._draft(params, state, draft_set, sampling, num_draft_tokens, mode)
         with jax.named_scope("verify"):
             state, tokens, logprobs, routings = self._verify(params, store, state, cache, drafted, sampling, mode)
-        active = ~state.done
-        num_agreeing = jnp.sum(jnp.cumprod(drafted == tokens[:, :-1], axis=1), axis=1) * active
+        num_agreeing = jnp.sum(jnp.cumprod(drafted == tokens[:, :-1], axis=1), axis=1) * ~state.done
         num_emitted, state = _advance(state, tokens, logprobs, num_agreeing + 1, sampling)
         counts = self._counts(routings, num_emitted)
         draft_set = draft.refresh(self.draft, draft_set, counts, state.experts, distances)
-        proposed = jnp.sum(active) * num_draft_tokens
-        accepted = jnp.sum(jnp.minimum(num_agreeing, num_emitted))
-        return state, draft_set, _append(verified, tokens, logprobs, num_emitted, proposed, accepted)
+        verified = dataclasses.replace(
+            _append(verified, tokens, logprobs, num_emitted),
+            num_cycles=verified.num_cycles + 1,
+            num_verifications=verified.num_verifications + jnp.sum(num_emitted > 0),
+            proposed=verified.proposed + jnp.sum(drafted != NO_TOKEN),
+            accepted=verified.accepted + jnp.sum(jnp.minimum(num_agreeing, num_emitted)),
+        )
+        return state, draft_set, verified
 
     def _draft(
         self, params, state: DecodeState, draft_set: DraftSet, sampling: Sampling, num_draft_tokens, mode: Mode
     ) -> tuple[Int[Array, "B g"], KVCache]:
-        """γ tokens a sequence, then NO_TOKEN; and the cache, whose new entries are the draft's and not to be kept."""
+        """γ tokens a sequence, then NO_TOKEN; and the cache, whose new entries are the draft's and not to be kept.
+
+        One less than a sequence may still produce: of its last token nothing has to be drafted. So no position is
+        written that plain decoding would not write too, and the KV cache needs no more room.
+        """
         steps = self.steps
         decoder = steps.decoder(params)
         experts = DraftExperts(state.experts, draft_set, self.draft.missing == "reroute", steps.implementation)
-        valid = ~state.done[:, None]
 
         def step(n, carry):
             cache, tokens, drafted = carry
-            hidden, cache, _ = decoder(tokens[:, None], valid, cache.lengths + 1, cache, experts, None)
+            valid = ~state.done & (n + 1 < state.budget)
+            hidden, cache, _ = decoder(tokens[:, None], valid[:, None], cache.lengths + 1, cache, experts, None)
             logits = decoder.unembed(hidden[:, 0])
             tokens, _ = sample(logits, sampling, cache.lengths, mode)
-            return cache, tokens, jax.lax.dynamic_update_slice(drafted, tokens[:, None], (0, n))
+            shown = jnp.where(valid, tokens, NO_TOKEN)[:, None]
+            return cache, tokens, jax.lax.dynamic_update_slice(drafted, shown, (0, n))
 
-        nothing = jnp.full((valid.shape[0], self.max_draft_tokens), NO_TOKEN, jnp.int32)
+        nothing = jnp.full((state.done.shape[0], self.max_draft_tokens), NO_TOKEN, jnp.int32)
         cache, _, drafted = jax.lax.fori_loop(0, num_draft_tokens, step, (state.cache, state.last_tokens, nothing))
         return drafted, cache
 
@@ -199,16 +216,14 @@ def _advance(
     return num_emitted, advanced
 
 
-def _append(verified: Verified, tokens, logprobs, num_emitted, proposed, accepted) -> Verified:
+def _append(verified: Verified, tokens, logprobs, num_emitted) -> Verified:
     """Puts each sequence's new tokens behind those it has."""
     ahead = jnp.arange(tokens.shape[1])[None, :]
     at = jnp.where(ahead < num_emitted[:, None], verified.num_tokens[:, None] + ahead, verified.token_ids.shape[1])
     rows = jnp.arange(tokens.shape[0])[:, None]
-    return Verified(
+    return dataclasses.replace(
+        verified,
         token_ids=verified.token_ids.at[rows, at].set(tokens, mode="drop"),
         logprobs=verified.logprobs.at[rows, at].set(logprobs, mode="drop"),
         num_tokens=verified.num_tokens + num_emitted,
-        num_cycles=verified.num_cycles + 1,
-        proposed=verified.proposed + jnp.sum(proposed),
-        accepted=verified.accepted + accepted,
     )
