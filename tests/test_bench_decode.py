@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from jmoe.config import ModelConfig
 from jmoe.convert import convert_hf
+from jmoe.model.families import trunk_shapes
 from jmoe.synthetic import write_synthetic
 from tools import bench_decode
 from tools.bench_decode import timing
@@ -19,8 +21,9 @@ SIZES = "--prompt-tokens 5 --new-tokens 11 --repeats 1 --max-seq-len 32 --decode
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the benchmark; returns its lines. The link is said to do 2 GB/s, which takes no time to measure."""
+    """Runs the benchmark; returns its lines. Link and memory are said to do 2 and 3 GB/s, which takes no time."""
     monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
+    monkeypatch.setattr(bench_decode, "memory_gbps", lambda: 3.0)
 
     def run(*argv: str) -> list[str]:
         assert bench_decode.main(["--config", str(TINY), *SIZES, *argv]) == 0
@@ -54,6 +57,11 @@ def test_the_card_says_what_was_run(bench) -> None:
     assert card["routed_mb_per_token"] == round(routed / 1e6, 1)
     assert card["roofline_tokens_per_s_without_hits"] == round(2e9 / routed, 1)
     assert card["prompts"] == "random token ids (seed 0)"
+    shapes = trunk_shapes(dataclasses.replace(config, num_hidden_layers=2))
+    trunk = {path: math.prod(shape) for path, shape in shapes.items()}
+    read = 4 * (sum(trunk.values()) - (0 if config.tie_word_embeddings else trunk["embed/embedding"])) + routed
+    assert row["hbm_gbps"] * row["mean_ms_per_step"] * 1e6 == pytest.approx(read, rel=1e-6)
+    assert (card["hbm_ceiling_gbps"], row["percent_of_hbm"]) == (3.0, pytest.approx(100 * row["hbm_gbps"] / 3))
     assert any(line.startswith("device") for line in lines)
 
 
@@ -69,6 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prompts_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> np.ndarray:
     monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
+    monkeypatch.setattr(bench_decode, "memory_gbps", lambda: 3.0)
     sizes = ["--batch-size", "2", "--repeats", "2", "--prompt-tokens", "7"]
     return bench_decode.Bench(bench_decode.parse([*argv, *sizes])).prompts
 
@@ -90,6 +99,7 @@ def test_a_model_gets_the_beginnings_of_files(model: Path, tmp_path: Path, monke
 
 def test_a_model_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
+    monkeypatch.setattr(bench_decode, "memory_gbps", lambda: 3.0)
     argv = ["--model", str(model), "--shares", "0.5", "--no-reference", *SIZES, "--layers", "1", "--new-tokens", "5"]
     assert bench_decode.main(argv) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -6,6 +6,10 @@
 Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
 on the device and no slots at all. A checkpoint continues real text, random weights random token ids, which they route
 as their scales make them (see `jmoe.synthetic`): so a figure of theirs means something only beside its hit rate.
+
+`link_gbps` and `percent_of_roofline` go by the bytes fetched and the link's ceiling in this run; `hbm_gbps` and
+`percent_of_hbm` by the weights that a step has to read from device memory (the trunk's without the embedding table, and
+every expert asked for), and a pass over device memory in this run.
 """
 
 import argparse
@@ -35,6 +39,7 @@ from jmoe.experts.store import ExpertStore
 from jmoe.generation import prompt_chunks
 from jmoe.loading import load_weights
 from jmoe.tokenizer import load_tokenizer
+from tools.bench_kernels import memory_gbps
 from tools.random_weights import random_weights
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
@@ -96,8 +101,8 @@ def requests_for(path: Path | None, config: ModelConfig, args: argparse.Namespac
     return requests
 
 
-def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
-    """What can be known before measuring."""
+def card(config: ModelConfig, args: argparse.Namespace, ceiling: float, hbm_gbps: float) -> dict:
+    """What can be known before decoding."""
 
     routed = len(config.moe_layers) * config.num_experts_per_tok * config.expert_bytes
     return {
@@ -111,6 +116,7 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float) -> dict:
         "store_gb": round(config.store_bytes / 1e9, 2),
         "routed_mb_per_token": round(routed / 1e6, 1),
         "link_ceiling_gbps": round(ceiling, 2),
+        "hbm_ceiling_gbps": round(hbm_gbps, 1),
         "roofline_tokens_per_s_without_hits": round(ceiling * 1e9 / routed, 1),
         "batch_size": args.batch_size,
         "prompt_tokens": args.prompt_tokens,
@@ -128,7 +134,7 @@ class Bench:
         prompts = [request.prompt_ids for request in requests]
         self.prompts = np.array(prompts).reshape(1 + args.repeats, args.batch_size, args.prompt_tokens)
         memory.configure_backend(self.config)
-        self.ceiling = memory.measure_link_gbps()
+        self.ceiling, self.hbm_gbps = memory.measure_link_gbps(), memory_gbps()
         self.weights = self._weights(path)
 
     def _weights(self, path: Path | None):
@@ -186,6 +192,7 @@ class Bench:
         missed_bytes = misses * self.config.expert_bytes
         steps = sum(run.num_decode_steps for run in runs)
         roof_ms = missed_bytes / steps / self.ceiling / 1e6
+        hbm_gbps = self.read_bytes((hits + misses) / steps) / mean_ms / 1e6
         peak, planned = memory.peak_device_bytes(), engine.plan.device_bytes
         return {
             "share": share,
@@ -197,10 +204,18 @@ class Bench:
             "mb_per_token": missed_bytes / tokens / 1e6,
             "link_gbps": missed_bytes / steps / mean_ms / 1e6,
             "percent_of_roofline": 100 * roof_ms / mean_ms,
+            "hbm_gbps": hbm_gbps,
+            "percent_of_hbm": 100 * hbm_gbps / self.hbm_gbps,
             "peak_bytes": peak,
             "planned_bytes": planned,
             "first_run_s": first_run_s,
         }
+
+    def read_bytes(self, num_experts: float) -> float:
+        """Of weights, that a step of so many experts reads from device memory."""
+        params, tied = self.weights.params, self.config.tie_word_embeddings
+        trunk = sum(leaf.nbytes for path, leaf in params.items() if tied or path != "embed/embedding")
+        return trunk + num_experts * self.config.expert_bytes
 
     def reference(self) -> dict:
         """The same steps with every expert on the device: nothing to admit, nothing to fetch."""
@@ -259,6 +274,8 @@ COLUMNS = (
     ("mb_per_token", "{:.1f}"),
     ("link_gbps", "{:.1f}"),
     ("percent_of_roofline", "{:.1f}"),
+    ("hbm_gbps", "{:.0f}"),
+    ("percent_of_hbm", "{:.1f}"),
     ("peak_bytes", "{:.4g}"),
     ("planned_bytes", "{:.4g}"),
     ("first_run_s", "{:.1f}"),
@@ -281,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    facts = card(bench.config, args, bench.ceiling)
+    facts = card(bench.config, args, bench.ceiling, bench.hbm_gbps)
     for name, value in facts.items():
         print(f"{name:<36}{value}", flush=True)
     print_row(None)

@@ -119,8 +119,8 @@ def _run(options: argparse.Namespace) -> list[Row]:
     print(f"device {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     rows: list[Row] = []
     for op, bandwidth, bench in (
-        ("expert_mlp", _memory_gbps, _bench_expert_mlp),
-        ("decode_attention", _memory_gbps, _bench_decode_attention),
+        ("expert_mlp", memory_gbps, _bench_expert_mlp),
+        ("decode_attention", memory_gbps, _bench_decode_attention),
         ("fetch", _link_gbps, _bench_fetch),
     ):
         if chosen.get(op):
@@ -150,7 +150,7 @@ def _line(row: Row | None) -> str:
     )
 
 
-def _memory_gbps() -> float:
+def memory_gbps() -> float:
     """Bytes read and written in a second by a pass over device memory, in GB."""
     num_bytes = 2**30 if jax.default_backend() == "gpu" else 2**24
     words = jnp.arange(num_bytes // 4, dtype=jnp.uint32)
