@@ -1,6 +1,7 @@
 """The kernel benchmark runs, and its last line is JSON that other programs can read."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ def test_each_spec_has_a_row_with_its_bound(capsys: pytest.CaptureFixture[str]) 
     rows = {(row["op"], row["spec"], row["implementation"]): row for row in json.loads(last)["rows"]}
     assert list(rows) == [("expert_mlp", "one_group", "reference"), ("fetch", "single", "reference")]
     mlp, fetch = rows.values()
-    assert mlp["us"] > 0 < mlp["bound_us"]
+    assert math.isfinite(mlp["us"]), "of so little work it may be below 0: what the loop takes is subtracted"
+    assert mlp["bound_us"] > 0
     assert 0 <= mlp["error"] < 1e-2
     num_bytes = 3 * (768 // 64 // 8 * 8) * (2048 // 64) * 2
     assert fetch["bound_us"] == pytest.approx(num_bytes / 2e3)
