@@ -187,7 +187,7 @@ def _cycle(steps: SpeculativeSteps, params, store, state: DecodeState, draft_set
         drafted.append(_probabilities(decoder.unembed(hidden[:, 0]), sampling))
     state = dataclasses.replace(state, cache=KVCache(cache.keys, cache.values, lengths))
     hidden, state, routings = steps.steps.forward(decoder, store, state, tokens, valid, lengths + 1, admits=True)
-    counts = jnp.stack([tokens_of_experts(routing, draft_set.heat.shape[1]) for routing in routings])
+    counts = jnp.stack([tokens_of_experts(routing.expert_ids, draft_set.heat.shape[1]) for routing in routings])
     draft_set = draft.refresh(steps.draft, draft_set, counts.astype(jnp.float32), state.experts)
     wanted = [_probabilities(decoder.unembed(hidden[:, n]), sampling) for n in range(steps.max_draft_tokens)]
     return state, draft_set, jnp.stack(drafted), jnp.stack(wanted)

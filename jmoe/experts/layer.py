@@ -29,7 +29,7 @@ from kernels_pallas.fetch.api import fetch
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """The distinct experts of a routing, ascending, each with the weight of every row. NONE fills up the list.
+    """The distinct experts of a routing, ascending, each with the weight of every row; then some that weigh nothing.
 
     No row is in more than `per_row` groups.
     """
@@ -46,21 +46,24 @@ class Groups:
         return Groups(expert_ids, jnp.where(kept[:, None], weights, 0.0), self.per_row)
 
 
-def needed_experts(routing: Routing, num_experts: int) -> Bool[Array, " E"]:
-    return tokens_of_experts(routing, num_experts) > 0
-
-
-def tokens_of_experts(routing: Routing, num_experts: int) -> Int[Array, " E"]:
+def tokens_of_experts(expert_ids: Int[Array, "*L T A"], num_experts: int) -> Int[Array, "*L E"]:
     """How many tokens go to each expert."""
-    experts = jnp.arange(num_experts, dtype=jnp.int32)
-    return jnp.sum(routing.expert_ids.reshape(-1)[None, :] == experts[:, None], axis=1, dtype=jnp.int32)
+    experts, chosen = jnp.arange(num_experts, dtype=jnp.int32), expert_ids.reshape(*expert_ids.shape[:-2], 1, -1)
+    return jnp.sum(chosen == experts.reshape(*(1,) * (expert_ids.ndim - 2), -1, 1), axis=-1, dtype=jnp.int32)
 
 
-def group_by_expert(routing: Routing, needed: Bool[Array, " E"]) -> Groups:
-    """G is the most that can be needed: every row's experts, or all there are."""
-    num_groups = min(routing.expert_ids.size, needed.shape[0])
+def group_by_expert(routing: Routing, num_experts: int) -> Groups:
+    """G is the most that can be needed: every row's experts, or all there are.
+
+    What one token chose is groups already, as it is; where it is no token, their number is E, and they weigh nothing.
+    """
+    num_rows, per_row = routing.expert_ids.shape
+    if num_rows == 1:
+        return Groups(routing.expert_ids[0], routing.combine_weights.T, per_row)
+    needed = tokens_of_experts(routing.expert_ids, num_experts) > 0
+    num_groups = min(routing.expert_ids.size, num_experts)
     expert_ids, weights = grouping.group(routing.expert_ids, routing.combine_weights, needed, num_groups)
-    return Groups(expert_ids, weights, routing.expert_ids.shape[1])
+    return Groups(jnp.maximum(expert_ids, 0), weights, per_row)
 
 
 def multiply(x: Float[Array, "T D"], slots, at: Int[Array, " G"], groups: Groups, implementation: str | None):
@@ -88,8 +91,8 @@ class ResidentExperts:
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: ExpertSlots | None):
         weights = self.layers[moe_layer]
         with jax.named_scope("experts"):
-            groups = group_by_expert(routing, needed_experts(routing, weights.shape[0]))
-        y = multiply(x, weights, jnp.maximum(groups.expert_ids, 0), groups, self.implementation)
+            groups = group_by_expert(routing, weights.shape[0])
+        y = multiply(x, weights, groups.expert_ids, groups, self.implementation)
         return y.astype(x.dtype), carry
 
 
@@ -115,7 +118,7 @@ class Progress:
     staging: Float[Array, "W 3 F D"]
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
-    used: tuple[Int[Array, " E"], ...] = ()
+    expert_ids: tuple[Int[Array, "T A"], ...] = ()
     num_hits: tuple[Int[Array, ""], ...] = ()
     num_fetched: tuple[Int[Array, ""], ...] = ()
 
@@ -141,8 +144,8 @@ class OffloadedExperts:
 
     def finish(self, progress: Progress) -> ExpertSlots:
         """The state after the step, with what the policy remembers and the counters brought on."""
-        before, used = self.slots.residency, jnp.stack(progress.used)  # [L, E]
-        kind = "decode" if self.admits else "prefill"
+        before, kind = self.slots.residency, "decode" if self.admits else "prefill"
+        used = tokens_of_experts(jnp.stack(progress.expert_ids), self.layout.num_experts)  # [L, E]
         counters = jax.tree.map(jnp.add, getattr(before, kind), self._counts(progress, used > 0))
         after = dataclasses.replace(before, clock=before.clock + self.admits, **{kind: counters})
         if not self._is_fixed:
@@ -153,9 +156,10 @@ class OffloadedExperts:
 
     def _counts(self, progress: Progress, needed: Bool[Array, "L E"]) -> Counters:
         """Of this step, all layers at once: a few small kernels a step instead of a layer."""
-        hits = jnp.stack(progress.num_hits)
+        asked = jnp.sum(needed, axis=1, dtype=jnp.int32)
+        hits = jnp.stack(progress.num_hits) if progress.num_hits else asked
         fetched = jnp.stack(progress.num_fetched) if progress.num_fetched else jnp.zeros_like(hits)
-        return Counters(hits, fetched, jnp.sum(needed, axis=1, dtype=jnp.int32) - hits - fetched)
+        return Counters(hits, fetched, asked - hits - fetched)
 
     @property
     def _is_fixed(self) -> bool:
@@ -163,34 +167,46 @@ class OffloadedExperts:
         return self.layout.all_resident or not self.admits
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
+        asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))
+        run = self._from_slots if self.layout.all_resident else self._from_slots_and_store
+        y, progress = run(moe_layer, x, routing, asked)
+        return y.astype(x.dtype), progress
+
+    def _from_slots(self, moe_layer: int, x, routing: Routing, carry: Progress):
+        """Where there is a slot for every expert: slot s holds expert s, and nothing changes."""
+        slots = self.slots.layers[moe_layer]
+        with jax.named_scope("admit"):
+            groups = group_by_expert(routing, self.layout.num_experts)
+        y = multiply(x, slots, groups.expert_ids, groups, self.implementation)
+        return y, dataclasses.replace(carry, slots=(*carry.slots, slots))
+
+    def _from_slots_and_store(self, moe_layer: int, x, routing: Routing, carry: Progress):
         slots, staging = self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
-            used = tokens_of_experts(routing, self.layout.num_experts)
-            admitted = self._admit(moe_layer, routing, used)
+            admitted = self._admit(moe_layer, routing)
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups(admitted.group_experts, admitted.group_weights, routing.expert_ids.shape[1])
-        if self.layout.all_resident:
-            y = multiply(x, slots, admitted.group_slots, groups, self.implementation)
-        elif self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
+        if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups)
         else:
             if self.admits:
                 slots = self._fetch(moe_layer, slots, plan_of(admitted))
             y, staging = self._in_waves(moe_layer, x, groups, after, slots, staging)
-        progress = Progress(
-            staging,
-            (*carry.slots, slots),
-            (*carry.layers, after),
-            (*carry.used, used),
-            (*carry.num_hits, admitted.num_hits),
-            carry.num_fetched if self._is_fixed else (*carry.num_fetched, admitted.count),
+        progress = dataclasses.replace(
+            carry,
+            staging=staging,
+            slots=(*carry.slots, slots),
+            layers=(*carry.layers, after),
+            num_hits=(*carry.num_hits, admitted.num_hits),
+            num_fetched=(*carry.num_fetched, admitted.count) if self.admits else (),
         )
-        return y.astype(x.dtype), progress
+        return y, progress
 
-    def _admit(self, moe_layer: int, routing: Routing, used: Int[Array, " E"]) -> Admitted:
-        """What of the layer's experts gets which slot, for a step that uses them so often."""
+    def _admit(self, moe_layer: int, routing: Routing) -> Admitted:
+        """Which experts of the layer get which slots, if the step admits; and the groups."""
         residency, value = self.slots.residency, None
-        if not self._is_fixed:
+        used = tokens_of_experts(routing.expert_ids, self.layout.num_experts)
+        if self.admits:
             row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked)
             value = POLICIES[self.policy].value(row, used, residency.clock)
         before = residency.layers[moe_layer]

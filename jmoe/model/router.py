@@ -15,9 +15,10 @@ from kernels_pallas.route.api import route
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """`expert_ids` in [0, E), distinct within a token; E marks a row that is no token. Weights and logits are float32.
+    """`expert_ids` in [0, E), distinct and ascending within a token; E marks a row that is no token.
 
-    `logits` are those of all experts, for losses and predictions; a step that does not look at them pays nothing.
+    Weights and logits are float32. `logits` are those of all experts, for losses and predictions; a step that does not
+    look at them pays nothing.
     """
 
     expert_ids: Int[Array, "T A"]

@@ -2,7 +2,8 @@
 
 Bound by latency: there are a few hundred integers. They lie in shared memory as the rows of a table, and a thread
 stands for one expert, slot, group or entry of the plan (for two of them where there are more than 128). What it has to
-know of the others it learns by looking at each in turn, which is how `reference` compares all with all.
+know of the others it learns by looking at each in turn, which is how `reference` compares all with all. The residency
+changes in place.
 """
 
 import functools
@@ -25,6 +26,7 @@ NOBODY = -2  # equals neither an expert nor a slot nor NONE
 
 # Rows of the table, each of one number for each thread.
 USED, VALUE, SLOT_OF, OWNER, ORDER, VICTIM, RANK, NEW_SLOT, PLACE, GROUP, NUM_ROWS = range(11)
+NUM_RESULTS = 7  # of integers, each as long: three of the groups, two of the plan, two of the residency
 
 
 def problem(expert_ids, slot_of) -> str | None:
@@ -42,15 +44,13 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
     num_experts, num_slots, admits = slot_of.size, owner.size, value is not None
     num_groups = min(expert_ids.size, num_experts)
     num_entries = min(num_groups, num_slots) if admits else 1
-    experts, slots, groups, entries = (_whole(n) for n in (num_experts, num_slots, num_groups, num_entries))
-    threads = -(-num_experts // WARPGROUP) * WARPGROUP
-    out = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in _sizes(experts, slots, groups, entries)}
+    groups, entries, threads = _whole(num_groups), _whole(num_entries), -(-num_experts // WARPGROUP) * WARPGROUP
+    sizes = 1, 1, groups, groups, groups, entries, entries
     kernel = plgpu.kernel(
         _kernel(expert_ids.shape, num_experts, num_slots, threads, admits),
         out_type=(
             jax.ShapeDtypeStruct((expert_ids.shape[0], groups), jnp.float32),
-            *(jax.ShapeDtypeStruct((1,), jnp.int32),) * 2,
-            *out.values(),
+            *(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
         ),
         grid=(1,),
         grid_names=("block",),
@@ -58,18 +58,21 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
             plgpu.SMEM((NUM_ROWS, threads), jnp.int32),
             plgpu.SMEM((_whole(expert_ids.size),), jnp.int32),
             plgpu.SMEM((_whole(expert_ids.size),), jnp.float32),
-            plgpu.SMEM((len(out), threads), jnp.int32),
+            plgpu.SMEM((NUM_RESULTS, threads), jnp.int32),
             plgpu.SMEM((expert_ids.shape[0], threads), jnp.float32),
             plgpu.Barrier(num_arrivals=6),
         ],
         interpret=interpret,
     )
-    weights, count, hits, group_experts, group_slots, group_fetched, slot_of, owner, *plan = kernel(
+    slot_of, owner = (_filled(row, NONE) for row in (slot_of, owner))
+    refs = [jax.new_ref(slot_of), jax.new_ref(owner)] if admits else []
+    weights, count, hits, group_experts, group_slots, group_fetched, *plan = kernel(
         _filled(expert_ids.reshape(-1), num_experts),
         _filled(combine_weights.astype(jnp.float32).reshape(-1), 0),
         *(_filled(row, 0) for row in (used, used if value is None else value)),
-        *(_filled(row, NONE) for row in (slot_of, owner)),
+        *(refs or (slot_of, owner)),
     )
+    slot_of, owner = map(jax.freeze, refs) if refs else (slot_of, owner)
     num_entries = num_entries if admits else 0
     return Admitted(
         group_experts[:num_groups],
@@ -83,12 +86,6 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
         count[0],
         hits[0],
     )
-
-
-def _sizes(experts: int, slots: int, groups: int, entries: int):
-    """The outputs of integers, in their order."""
-    names = ("group_experts", "group_slots", "group_fetched", "slot_of", "owner", "plan_experts", "plan_slots")
-    return zip(names, (groups, groups, groups, experts, slots, entries, entries), strict=True)
 
 
 def _whole(size: int) -> int:
@@ -105,7 +102,7 @@ def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, threads:
     layout = plgpu.Layout.WG_STRIDED((threads,), threads // WARPGROUP)
 
     def admit_layer(ids, weights, used, value, slot_of, owner, *refs):
-        # ids, weights [T*A]; used, value, slot_of [E]; owner [S]; outputs as `_sizes`; then shared memory
+        # ids, weights [T*A]; used, value, slot_of [E]; owner [S]; outputs; then shared memory
         weights_out, count_out, hits_out, *outs, table, ids_here, weights_here, results, sums, arrived = refs
         for source, place in ((used, USED), (value, VALUE), (slot_of, SLOT_OF), (owner, OWNER)):
             plgpu.copy_gmem_to_smem(source, table.at[place, pl.ds(0, source.shape[0])], arrived)
@@ -117,12 +114,12 @@ def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, threads:
         state = _admit(look, num_experts, num_slots) if admits else _keep(look)
         groups, plan, count_out[0] = _lists(look, state[0], num_experts)
         hits_out[0] = _num_hits(table, num_experts)
-        for n, row in enumerate((*groups, *state, *plan)):
+        for n, row in enumerate((*groups, *plan, *state)):
             results[n] = row
         for t, row in enumerate(_weights(groups[0], ids_here, weights_here, choices)):
             sums[t] = row
         plgpu.commit_smem()
-        for n, out in enumerate(outs):
+        for n, out in enumerate((*outs, slot_of, owner) if admits else outs):
             plgpu.copy_smem_to_gmem(results.at[n, pl.ds(0, out.shape[0])], out)
         for t in range(choices[0]):
             plgpu.copy_smem_to_gmem(sums.at[t, pl.ds(0, weights_out.shape[1])], weights_out.at[t])

@@ -52,8 +52,8 @@ def expert_mlp(
 
     swiglu(x, (gate, up, down)) = (silu(x @ gate.T) * (x @ up.T)) @ down: all three are rows of D. A group is the rows
     of one expert; a row that does not belong to it has weight 0, a group that nobody asks for has weights 0 and any
-    valid slot, and its weights may stay unread. The order of all sums depends on the number of groups asked for and on
-    shapes alone, so the same groups give the same bits wherever their weights lie.
+    slot, even one beyond the last, and its weights may stay unread. The order of all sums depends on the number of
+    groups asked for and on shapes alone, so the same groups give the same bits wherever their weights lie.
 
     max_groups_per_row is the caller's word that no row is in more groups than that (of a row that is, some may be left
     out); for more than 32 rows mosaic_gpu has lists and buffers for as many, where None means for all G.

@@ -40,9 +40,9 @@ def route(
 ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
     """The `num_chosen` = A experts of each row with the largest softmax(logits), and that as their weights.
 
-    Descending, of equals the one with the smaller number first; `normalize` makes the weights of a row sum to 1. A row
-    that is not valid asks for expert E with weight 0; what is chosen never weighs 0, but the smallest normal number at
-    least, so that weights tell who is asked for. Logits are float32.
+    Of equals the one with the smaller number is chosen; the chosen ones come in ascending order. `normalize` makes the
+    weights of a row sum to 1. A row that is not valid asks for expert E with weight 0; what is chosen never weighs 0,
+    but the smallest normal number at least, so that weights tell who is asked for. Logits are float32.
 
     mosaic_gpu has no gradient. For implementation=None calls that it cannot do go to the reference.
 

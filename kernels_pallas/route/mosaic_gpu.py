@@ -1,6 +1,7 @@
 """Routing as one Mosaic GPU kernel: a warpgroup for each row, a thread for each expert (for two of more than 128).
 
-Bound by latency. An expert's rank is the number of experts before it, found by looking at each in turn.
+Bound by latency. An expert's rank is the number of experts with more weight, found by looking at each in turn, and so
+is its place among the chosen ones.
 """
 
 import functools
@@ -67,7 +68,7 @@ def _kernel(num_experts: int, num_chosen: int, room: int, threads: int, normaliz
     def each(step, start):
         return lax.fori_loop(0, num_experts, step, start, unroll=math.gcd(num_experts, UNROLL))
 
-    def route_rows(logits, valid, ids_out, weights_out, numbers, weights, ranks, ids, arrived):
+    def route_rows(logits, valid, ids_out, weights_out, numbers, weights, places, ids, arrived):
         # logits [T, E], valid [T]; ids_out, weights_out [T, room]; the others [threads] in shared memory
         row = lax.axis_index("row")
         plgpu.copy_gmem_to_smem(logits.at[row], numbers.at[pl.ds(0, num_experts)], arrived)
@@ -86,15 +87,19 @@ def _kernel(num_experts: int, num_chosen: int, room: int, threads: int, normaliz
             other = numbers[j]
             return rank + ((other > odds) | ((other == odds) & (j < me))).astype(jnp.int32)
 
-        rank = each(before, jnp.where(me < 0, me, 0))
-        ranks[...] = jnp.where(rank < num_chosen, rank, UNCHOSEN)
+        rank = each(before, me * 0)
+        places[...] = jnp.where(rank < num_chosen, me, UNCHOSEN)
+        plgpu.commit_smem()
+        place = each(lambda j, count: count + ((places[j] != UNCHOSEN) & (j < me)).astype(jnp.int32), me * 0)
+        plgpu.commit_smem()  # all have seen who is chosen
+        places[...] = jnp.where(rank < num_chosen, place, UNCHOSEN)
         plgpu.commit_smem()
 
         def chosen(j, found):
             expert, weight, total = found
-            rank, odds = ranks[j], numbers[j]
-            total = total + jnp.where(rank == UNCHOSEN, 0.0, odds)
-            return jnp.where(rank == me, j, expert), jnp.where(rank == me, odds, weight), total
+            place, odds = places[j], numbers[j]
+            total = total + jnp.where(place == UNCHOSEN, 0.0, odds)
+            return jnp.where(place == me, j, expert), jnp.where(place == me, odds, weight), total
 
         nobody = jnp.where(me < 0, me, num_experts)
         expert, weight, total = each(chosen, (nobody, (me * 0).astype(jnp.float32), jnp.float32(0)))
