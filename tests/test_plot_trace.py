@@ -1,0 +1,43 @@
+"""Pictures of profiler traces."""
+
+import math
+
+import pytest
+
+from tools.plot_trace import between, draw, main
+from tools.profile_decode import Kernel
+
+KERNELS = [
+    Kernel("copy_plan", "fetch", 5e6, 2e6),
+    Kernel("multiply_groups", "experts", 7e6, 1e6),
+    Kernel("fusion_3", "other", 12e6, 1e6),
+]
+
+
+def test_a_stretch_of_a_trace_counts_from_its_beginning():
+    assert [(k.name, k.start_ns) for k in between(KERNELS, 0, math.inf)] == [
+        ("copy_plan", 0),
+        ("multiply_groups", 2e6),
+        ("fusion_3", 7e6),
+    ]
+    assert [(k.name, k.start_ns) for k in between(KERNELS, 1, 4)] == [("multiply_groups", 1e6)]
+
+
+@pytest.mark.parametrize("found", [KERNELS, []])
+def test_a_stretch_without_kernels_is_refused(found):
+    with pytest.raises(ValueError, match="no kernel from 50 ms for 2 ms; the trace has"):
+        between(found, 50, 2)
+
+
+def test_it_draws_a_lane_for_each_kind_of_kernel(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(between(KERNELS, 0, math.inf), tmp_path / "trace.svg", "One step")
+    text = (tmp_path / "trace.svg").read_text()
+    assert all(f"<!-- {word} -->" in text for word in ("fetch", "experts", "other", "One step"))
+    assert "<!-- attention -->" not in text
+
+
+def test_a_directory_without_a_trace_is_an_error_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main([str(tmp_path), str(tmp_path / "trace.png")]) == 2
+    assert "the profiler left no trace there" in capsys.readouterr().err

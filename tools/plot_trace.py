@@ -1,0 +1,93 @@
+"""A picture of what the device did when, from a profiler trace: python -m tools.plot_trace DIRECTORY trace.png
+
+A lane for each kind of kernel (fetch, experts, attention, …), time from left to right. Traces come from
+`python -m jmoe.generate --profile`, and from the tools that have --profile or --trace. Needs matplotlib, which the
+extra `plots` installs.
+"""
+
+import argparse
+import collections
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.profile_decode import OTHER, SCOPES, Kernel, kernels
+
+# Distinct to the colour-blind (Okabe and Ito).
+COLOURS = ("#0072B2", "#999999", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#F0E442", "#555555")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="where the profiler's trace is; the newest below it is read")
+    parser.add_argument("picture", type=Path, help="the file to write, of any format that matplotlib knows")
+    parser.add_argument("--from-ms", type=float, default=0.0, metavar="X", help="since the first kernel")
+    parser.add_argument("--ms", type=float, default=math.inf, metavar="X", help="how long; default: to the end")
+    parser.add_argument("--title", default="", help="above the picture")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RuntimeError("a picture needs matplotlib, which is not installed; uv sync --extra plots")
+    found = between(list(kernels(options.directory, {})), options.from_ms, options.ms)
+    draw(found, options.picture, options.title)
+    print(f"{len(found)} kernels drawn to {options.picture}")
+
+
+def between(found: Sequence[Kernel], from_ms: float, ms: float) -> list[Kernel]:
+    """The kernels of a stretch of the trace, their times counted from its beginning.
+
+    Raises ValueError where there is none.
+    """
+    first = min((kernel.start_ns for kernel in found), default=0.0) + from_ms * 1e6
+    inside = [
+        Kernel(kernel.name, kernel.scope, kernel.start_ns - first, kernel.duration_ns)
+        for kernel in found
+        if first <= kernel.start_ns < first + ms * 1e6
+    ]
+    if not inside:
+        whole = max((kernel.start_ns for kernel in found), default=0.0) - first
+        raise ValueError(
+            f"no kernel from {from_ms} ms for {ms} ms; the trace has {len(found)}, "
+            f"the last {whole / 1e6:.1f} ms after that"
+        )
+    return inside
+
+
+def draw(found: Sequence[Kernel], file: Path, title: str) -> None:
+    """Writes the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # an extra, and slow to import
+    from matplotlib.figure import Figure
+
+    spans: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for kernel in found:
+        spans[kernel.scope].append((kernel.start_ns / 1e6, kernel.duration_ns / 1e6))
+    lanes = [scope for scope in (*SCOPES, OTHER) if scope in spans]
+    figure = Figure(figsize=(11, 0.8 + 0.4 * len(lanes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for lane, scope in enumerate(lanes):
+        colour = COLOURS[(*SCOPES, OTHER).index(scope) % len(COLOURS)]
+        axes.broken_barh(spans[scope], (lane - 0.4, 0.8), facecolors=colour)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=title)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
