@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def fetch(store, slots, expert_ids, slot_ids, count):
+def fetch(store, slots, expert_ids, slot_ids, count, arrivals=None):
     """Loops `count` times; on a GPU each turn costs the host some 25 µs, on a CPU nothing to speak of."""
 
     def copy(i, slots):

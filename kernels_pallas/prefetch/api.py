@@ -1,0 +1,41 @@
+"""`prefetch`: validates, then runs the best implementation here."""
+
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas import backends
+from kernels_pallas.prefetch import reference
+from kernels_pallas.prefetch.arrivals import Arrivals
+
+
+def _mosaic_gpu(store, expert_ids, count, num_rows):
+    from kernels_pallas.prefetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
+
+    return mosaic_gpu.prefetch(store, expert_ids, count, num_rows)
+
+
+IMPLEMENTATIONS = {"reference": reference.prefetch, "mosaic_gpu": _mosaic_gpu}
+
+
+def resolve(implementation: str | None) -> str:
+    """The name of the implementation that runs for this request. Raises as `prefetch` does."""
+    return backends.resolve("prefetch", IMPLEMENTATIONS, implementation)
+
+
+def prefetch(
+    store: Float[Array, "E 3 F D"],
+    expert_ids: Int[Array, " P"],
+    count: Int[Array, ""],
+    num_rows: Int[Array, ""],
+    *,
+    implementation: str | None = None,
+) -> Arrivals:
+    """The first `num_rows` rows of D values (3F an expert) of the first `count` experts, in their order.
+
+    `store` is in host memory, everything else on the device. Ids at and beyond `count` are not read; those before are
+    distinct. On a GPU the copy runs beside whatever does not need it.
+
+    Raises ValueError for a list of no expert, NotImplementedError for an implementation that cannot run here.
+    """
+    if expert_ids.ndim != 1 or not expert_ids.size:
+        raise ValueError(f"prefetch: expert_ids {expert_ids.shape} must be a list of at least one")
+    return IMPLEMENTATIONS[resolve(implementation)](store, expert_ids, count, num_rows)
