@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.expert_mlp.asked import AskedGroups
 from kernels_pallas.host_view import device_view
+from kernels_pallas.prefetch.arrivals import Arrivals, entry_of
 
 COLUMNS = 256  # of a tile: the most elements of one dimension of a TMA box
 ITEM_ROWS = 4  # hidden units of an item: one for each warp of a warpgroup
@@ -125,12 +126,25 @@ def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def read_through(
-    x, store, slots, experts, group_slots, fetched, group_weights, *, config: Config = Config(), interpret=None
+    x,
+    store,
+    slots,
+    experts,
+    group_slots,
+    fetched,
+    group_weights,
+    arrivals: Arrivals | None = None,
+    *,
+    config: Config = Config(),
+    interpret=None,
 ):
-    """(y, slots): a group that is fetched is read from the store, and written to its slot on the way. In place."""
+    """(y, slots): a group that is fetched is read from the arrivals as far as it has come, else from the store, and
+    written to its slot on the way. In place."""
     shape = shape_of(x, slots)
     ref = jax.new_ref(slots.reshape(shape.slots(slots)))
     weights = ref, device_view(store.reshape(shape.slots(store))), experts, fetched
+    if arrivals is not None:
+        weights += arrivals.expert_ids, arrivals.num_rows, arrivals.weights.reshape(shape.slots(arrivals.weights))
     y = _run(x, weights, group_slots, group_weights, shape, config, interpret)
     return y, jax.freeze(ref).reshape(slots.shape)
 
@@ -176,6 +190,7 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
     def multiply_groups(group_slots, asked, weights, x, slots, *refs):
         # group_slots, asked [G], weights [G, T]; x [T, n, 256]; slots [R, 3F, n, 256]; out [num_blocks, T, n, 256]
         # to read through: store [E, 3F, n, 256] (host), experts, fetched [G]
+        # and what has come before, if anything: expert_ids, num_rows [P], weights [P, 3F, n, 256]
         # shared memory: tiles [warpgroups, 3, 4, n, 256], x_here [T, n, 256], hidden [warpgroups, T, 4],
         # sums [warpgroups - 1, T, n, 256]; arrived [3 warpgroups]
         *through, out, tiles, x_here, hidden, sums, arrived, x_arrived, summed = refs
@@ -192,16 +207,22 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
         def load(part: int, at) -> None:
             group, slot, unit = at
             rows, place = pl.ds(part * shape.num_hidden + unit, ITEM_ROWS), arrived.at[mine * 3 + part]
+
+            def copy(source) -> None:
+                plgpu.copy_gmem_to_smem(source, tiles.at[mine, part], place)
+
             if not through:
-                plgpu.copy_gmem_to_smem(slots.at[slot, rows], tiles.at[mine, part], place)
+                copy(slots.at[slot, rows])
                 return
-            store, experts, fetched = through
-            pl.when(fetched[group] == 0)(
-                lambda: plgpu.copy_gmem_to_smem(slots.at[slot, rows], tiles.at[mine, part], place)
-            )
-            pl.when(fetched[group] != 0)(
-                lambda: plgpu.copy_gmem_to_smem(store.at[experts[group], rows], tiles.at[mine, part], place)
-            )
+            store, experts, fetched, *come = through
+            pl.when(fetched[group] == 0)(lambda: copy(slots.at[slot, rows]))
+            if not come:
+                pl.when(fetched[group] != 0)(lambda: copy(store.at[experts[group], rows]))
+                return
+            arrivals = Arrivals(*come)
+            found = entry_of(arrivals, experts[group], rows.start + ITEM_ROWS)
+            pl.when((fetched[group] != 0) & (found < 0))(lambda: copy(store.at[experts[group], rows]))
+            pl.when((fetched[group] != 0) & (found >= 0))(lambda: copy(arrivals.weights.at[found, rows]))
 
         def keep(parts: tuple[int, ...], at) -> None:
             """Sends tiles that came from the store to their slot."""

@@ -4,12 +4,14 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas import backends
 from kernels_pallas.fetch import reference
+from kernels_pallas.prefetch import arrivals as prefetched
+from kernels_pallas.prefetch.arrivals import Arrivals
 
 
-def _mosaic_gpu(store, slots, expert_ids, slot_ids, count):
+def _mosaic_gpu(store, slots, expert_ids, slot_ids, count, arrivals):
     from kernels_pallas.fetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
 
-    return mosaic_gpu.fetch(store, slots, expert_ids, slot_ids, count)
+    return mosaic_gpu.fetch(store, slots, expert_ids, slot_ids, count, arrivals)
 
 
 IMPLEMENTATIONS = {"reference": reference.fetch, "mosaic_gpu": _mosaic_gpu}
@@ -26,6 +28,7 @@ def fetch(
     expert_ids: Int[Array, " P"],
     slot_ids: Int[Array, " P"],
     count: Int[Array, ""],
+    arrivals: Arrivals | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R 3 F D"]:
@@ -33,6 +36,9 @@ def fetch(
 
     `store` is in host memory (`pinned_host`), everything else on the device; no host synchronisation is needed for
     the mosaic_gpu implementation. The slot ids of one plan are distinct; entries at and beyond `count` are not read.
+
+    Rows that are among `arrivals` are taken from there, not from the store; of experts that the plan does not name,
+    arrivals are of no matter.
 
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for an implementation that cannot run
     here.
@@ -46,4 +52,6 @@ def fetch(
         raise ValueError(
             f"fetch: expert_ids {expert_ids.shape} and slot_ids {slot_ids.shape} must be equally long lists"
         )
-    return IMPLEMENTATIONS[resolve(implementation)](store, slots, expert_ids, slot_ids, count)
+    if why := arrivals and prefetched.problem(arrivals, slots):
+        raise ValueError(f"fetch: {why}")
+    return IMPLEMENTATIONS[resolve(implementation)](store, slots, expert_ids, slot_ids, count, arrivals)

@@ -28,3 +28,27 @@ def share_out(count: Int[Array, ""], num_rows: Int[Array, ""], size: int, rows_o
     place = jnp.arange(size, dtype=jnp.int32)
     rows = jnp.clip(num_rows - place * rows_of_expert, 0, rows_of_expert)
     return jnp.where(place < count, rows, 0)
+
+
+def entry_of(arrivals: Arrivals, expert, end_row):
+    """The entry that has come with an expert's rows up to `end_row`, NONE if none has. Also inside kernels, of refs."""
+    found = jnp.int32(NONE)
+    for entry in range(arrivals.expert_ids.shape[0]):
+        here = (arrivals.expert_ids[entry] == expert) & (end_row <= arrivals.num_rows[entry])
+        found = jnp.where(here, jnp.int32(entry), found)
+    return found
+
+
+def problem(arrivals: Arrivals, slots: Float[Array, "R 3 F D"]) -> str | None:
+    """Why these cannot have come for such slots, or None. Takes anything that has their shapes and dtypes."""
+    weights, size = arrivals.weights, arrivals.expert_ids.shape
+    if weights.shape[1:] != slots.shape[1:] or weights.dtype != slots.dtype:
+        return (
+            f"arrivals {weights.dtype}{list(weights.shape)} and slots {slots.dtype}{list(slots.shape)} must hold "
+            "experts of one shape and dtype"
+        )
+    if size != arrivals.num_rows.shape or size != weights.shape[:1]:
+        return (
+            f"arrivals of expert_ids {size}, num_rows {arrivals.num_rows.shape} and weights {weights.shape} must be P"
+        )
+    return None

@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe import memory
 from kernels_pallas import backends
 from kernels_pallas.fetch import api, mosaic_gpu, reference
-from kernels_pallas.fetch.mosaic_gpu import TMA_ALIGNMENT, TMA_MAX_BOX, Config, tiling
 from kernels_pallas.fetch.specs import SPECS, FetchSpec
+from kernels_pallas.tile_ring import TMA_ALIGNMENT, TMA_MAX_BOX, Config, tiling
 
 SMALL = FetchSpec(name="small", num_experts=6, num_hidden=8, width=24, num_slots=5, plan_size=5, count=3)
 SCALED = [spec.scaled(64) for spec in SPECS]

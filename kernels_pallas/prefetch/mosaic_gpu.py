@@ -1,0 +1,59 @@
+"""The prefetch as one Mosaic GPU kernel on a stream of its own: TMA from pinned host memory into a fresh buffer.
+
+Its result is an output, and no array that something else may write: only so may XLA let it run beside other kernels.
+They overlap where the program around it is compiled with `COMPILER_OPTIONS`; elsewhere it runs in its place.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.compute_on import compute_on
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import tile_ring
+from kernels_pallas.host_view import device_view
+from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
+from kernels_pallas.tile_ring import Config, Tiling, tiling
+
+STREAM = "gpu_stream:1"
+COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}  # of jax.jit; other backends ignore them
+
+
+def prefetch(store, expert_ids, count, num_rows, *, config: Config = Config(), interpret=None) -> Arrivals:
+    expert_ids, count, num_rows = (part.astype(jnp.int32) for part in (expert_ids, count, num_rows))
+    size, (_, _, num_hidden, width) = expert_ids.shape[0], store.shape
+    tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
+
+    def copy(store, expert_ids, count, num_rows):
+        out = jax.ShapeDtypeStruct((size, tile.num_tiles * tile.rows, tile.columns), store.dtype)
+        body = _copy_rows(tile, config, 3 * num_hidden, width)
+        kernel = tile_ring.kernel(body, tile, config, store.dtype, out_type=out, interpret=interpret)
+        weights = kernel(expert_ids, count.reshape(1), num_rows.reshape(1), device_view(tile.flat(store)))
+        return weights.reshape(size, *store.shape[1:])
+
+    beside = compute_on(copy, compute_type=STREAM, out_memory_spaces=jax.memory.Space.Device)
+    weights = beside(store, expert_ids, count, num_rows)  # pyright: ignore[reportCallIssue] (its two forms share a type)
+    named = jnp.arange(size, dtype=jnp.int32) < count
+    return Arrivals(jnp.where(named, expert_ids, NONE), share_out(count, num_rows, size, 3 * num_hidden), weights)
+
+
+def _copy_rows(tile: Tiling, config: Config, rows_of_expert: int, width: int):
+    """The kernel body: the tiles in which the first rows lie."""
+    step = math.gcd(width, tile.size)  # of elements, so that their number stays an int32
+
+    def copy_rows(expert_ids, count, num_rows, store, weights, stages, arrived):
+        # expert_ids [P], count, num_rows [1]; store [E, rows, columns] (host); weights [P, rows, columns]
+        wanted = jnp.clip(num_rows[0], 0, count[0] * rows_of_expert) * (width // step)
+        num_tiles = lax.div(wanted + tile.size // step - 1, tile.size // step)
+
+        def load(entry, rows, stage, arrived) -> None:
+            plgpu.copy_gmem_to_smem(store.at[expert_ids[entry], rows], stage, arrived)
+
+        def keep(entry, rows, stage) -> None:
+            plgpu.copy_smem_to_gmem(stage, weights.at[entry, rows])
+
+        tile_ring.copy_tiles(tile, config, num_tiles, load, keep, stages, arrived)
+
+    return copy_rows
