@@ -34,7 +34,7 @@ def prefetch(store, expert_ids, count, num_rows, *, config: Config = Config(), i
         return weights.reshape(size, *store.shape[1:])
 
     beside = compute_on(copy, compute_type=STREAM, out_memory_spaces=jax.memory.Space.Device)
-    weights = beside(store, expert_ids, count, num_rows)  # pyright: ignore[reportCallIssue] (its two forms share a type)
+    weights = beside(store, expert_ids, count, num_rows)  # pyright: ignore[reportCallIssue]  # a decorator too
     named = jnp.arange(size, dtype=jnp.int32) < count
     return Arrivals(jnp.where(named, expert_ids, NONE), share_out(count, num_rows, size, 3 * num_hidden), weights)
 

@@ -1,0 +1,93 @@
+"""The prefetch on a GPU: the bits it was asked for, and beside other work the same results as without it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe import memory
+from kernels_pallas.admit import reference as admission
+from kernels_pallas.admit.specs import SPECS as ADMIT_SPECS
+from kernels_pallas.expert_mlp import read_through
+from kernels_pallas.expert_mlp.api import expert_mlp
+from kernels_pallas.fetch.api import fetch
+from kernels_pallas.prefetch.api import prefetch, resolve
+from kernels_pallas.prefetch.mosaic_gpu import COMPILER_OPTIONS
+from kernels_pallas.prefetch.specs import SPECS, PrefetchSpec
+from tests.gpu.test_fetch import bits, random_bits
+from tests.kernels.test_prefetch import rows_of
+
+pytestmark = pytest.mark.gpu
+
+MOST = 12  # experts of a test
+SHAPE = (3, 768, 2048)
+PLAN = dataclasses.replace(next(spec for spec in ADMIT_SPECS if spec.name == "qwen3_30b"), num_experts=16, num_slots=10)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_first_rows_come_and_nothing_else_is_promised(spec: PrefetchSpec) -> None:
+    assert resolve(None) == "mosaic_gpu"
+    spec = dataclasses.replace(spec, num_experts=min(spec.num_experts, MOST))
+    store = random_bits(spec.store_shape, spec.dtype, 0)
+    jitted, on_host = jax.jit(prefetch), jax.device_put(store, memory.host_sharding())
+    for seed in range(3):
+        expert_ids, count, num_rows = spec.make(seed)
+        come = jitted(on_host, *map(jnp.asarray, (expert_ids, count, num_rows)))
+        assert int(jnp.sum(come.num_rows)) == min(spec.num_rows, int(count) * 3 * spec.num_hidden)
+        for entry, rows in enumerate(np.asarray(come.num_rows)):
+            assert int(come.expert_ids[entry]) == (expert_ids[entry] if entry < count else -1)
+            if rows:
+                wanted = rows_of(bits(store))[expert_ids[entry], :rows]
+                np.testing.assert_array_equal(rows_of(bits(come.weights))[entry, :rows], wanted)
+
+
+def in_one_pass(x, store, slots, plan, come):
+    return read_through.expert_mlp(x, store, slots, plan, come)
+
+
+def in_two_steps(x, store, slots, plan, come):
+    slots = fetch(store, slots, plan.plan_experts, plan.plan_slots, plan.count, come)
+    return expert_mlp(x, slots, plan.group_slots, plan.group_weights), slots
+
+
+def program(demand, prefetches: bool):
+    """Four times: guess from x, prefetch while a chain of products runs, then what `demand` does."""
+
+    @functools.partial(jax.jit, donate_argnums=2, compiler_options=COMPILER_OPTIONS)
+    def run(x, store, slots, plans, guesses, num_rows, chain):
+        for plan, guess in zip(plans, guesses, strict=True):
+            count = jnp.where(x[0, 0] > jnp.inf, 0, guess.size)  # known when x is
+            come = prefetch(store, guess, count, num_rows) if prefetches else None
+            for weights in chain:
+                x = jnp.tanh(x @ weights)
+            y, slots = demand(x, store, slots, plan, come)
+            x = x + y.astype(x.dtype)
+        return x, slots
+
+    return run
+
+
+@pytest.mark.parametrize("demand", [in_one_pass, in_two_steps])
+def test_a_prefetch_beside_other_work_changes_nothing(demand) -> None:
+    """Over right guesses and wrong ones, and everything from no row to more than both experts have."""
+    rng = np.random.default_rng(0)
+    weights = (rng.normal(size=(PLAN.num_experts, *SHAPE)) / 50).astype(jnp.bfloat16)
+    chain = [jnp.asarray(rng.normal(size=(SHAPE[2], SHAPE[2])) / 45, jnp.bfloat16) for _ in range(6)]
+    store = jax.device_put(weights, memory.host_sharding())
+    without, with_prefetch = program(demand, False), program(demand, True)
+    for seed in range(20):
+        inputs = [PLAN.make(10 * seed + layer) for layer in range(4)]
+        plans = [admission.admit(*map(jnp.asarray, one)) for one in inputs]
+        fetched = [np.asarray(plan.plan_experts)[: int(plan.count)] for plan in plans]
+        guesses = [np.append(ids, np.setdiff1d(rng.permutation(PLAN.num_experts), ids))[:2] for ids in fetched]
+        guesses = [jnp.asarray(rng.permutation(guess), jnp.int32) for guess in guesses]
+        arguments = plans, guesses, jnp.asarray(rng.integers(0, 5000), jnp.int32), chain
+        x = jnp.asarray(rng.normal(size=(1, SHAPE[2])), jnp.bfloat16)
+        slots = weights[rng.integers(0, PLAN.num_experts, PLAN.num_slots)]
+        wanted, wanted_slots = without(x, store, jnp.asarray(slots), *arguments)
+        y, after = with_prefetch(x, store, jnp.asarray(slots), *arguments)
+        np.testing.assert_array_equal(bits(y), bits(wanted))
+        assert bool(jnp.all(after == wanted_slots))
