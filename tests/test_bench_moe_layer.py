@@ -2,9 +2,11 @@
 
 import argparse
 
+import jax
 import numpy as np
 import pytest
 
+from jmoe import memory
 from tools import bench_moe_layer
 
 
@@ -31,3 +33,26 @@ def test_a_plan_brings_the_groups_that_are_missing(misses: int) -> None:
         entries = zip(np.asarray(plan.plan_experts).tolist(), np.asarray(plan.plan_slots).tolist(), strict=True)
         assert all(wanted[expert] == slot for expert, slot in entries)
         assert len(set(np.asarray(plan.group_slots).tolist())) == bench_moe_layer.NUM_GROUPS
+
+
+def tiny() -> tuple[argparse.Namespace, jax.Array]:
+    options = argparse.Namespace(num_experts=16, num_hidden=8, width=32, repeats=1)
+    store = np.asarray(bench_moe_layer.random_slots(jax.random.key(0), (16, 3, 8, 32), "bfloat16"))
+    return options, jax.device_put(store, memory.host_sharding())
+
+
+@pytest.mark.parametrize(("share", "num_rows"), [(0.0, 0), (0.5, 12), (1.0, 24)])
+def test_the_first_missing_expert_has_come_by_a_share(share: float, num_rows: int) -> None:
+    options, store = tiny()
+    for plan, come in bench_moe_layer._with_arrivals(bench_moe_layer._plans(3, options), store, share):
+        assert come.expert_ids.tolist() == plan.plan_experts[:1].tolist()
+        assert come.num_rows.tolist() == [num_rows]
+        np.testing.assert_array_equal(come.weights[0], np.asarray(store)[int(plan.plan_experts[0])])
+
+
+def test_a_prefetch_is_timed_with_and_without_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_moe_layer, "CALLS", 2)
+    options, store = tiny()
+    times = bench_moe_layer._beside(store, options)
+    assert list(times) == ["dense_products", "prefetch", "both"]
+    assert min(times.values()) > 0

@@ -2,11 +2,16 @@
 
 Of a layer of Qwen3-30B-A3B's shapes, one token that asks for eight experts: the fetch of those that are missing alone,
 the arithmetic of all of them alone, one after the other, and both in one pass (kernels_pallas/expert_mlp/read_through).
-The last should take no longer than the longer of the first two. Beside it the link's ceiling in this run, by plain
-copies. Weights are random, and every call has other experts and other slots than the one before.
+The last should take no longer than the longer of the first two. Then the one pass again where nothing, half or all of
+the first missing expert has come before, and beside it what the link's ceiling in this run, by plain copies, allows for
+all that is missing. Weights are random, and every call has other experts and other slots than the one before.
+
+At the end, whether a prefetch costs time: dense products as before a router's choice, the prefetch of half an expert,
+and both, of which the second does not wait for the first.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -23,11 +28,16 @@ from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch import api as fetch_api
+from kernels_pallas.prefetch.api import prefetch
+from kernels_pallas.prefetch.arrivals import Arrivals
 from tools.bench_expert_mlp import random_slots
 
 CALLS = 16  # in the body of a loop, each with a plan of its own
 ROUNDS = 8  # of the loop: what starting the program costs is shared by as many
 NUM_GROUPS = 8
+NUM_PRODUCTS = 16  # of the dense work: about 60 µs on an H200
+WIDTH = 13  # of a column
+SHARES = {"none_came": 0.0, "half_came": 0.5, "one_came": 1.0}  # of the first missing expert
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,23 +78,22 @@ def _run(options: argparse.Namespace) -> None:
     store = _pinned(shape)
     ceiling = memory.measure_link_gbps()
     print(f"device {jax.devices()[0].device_kind}, jax {jax.__version__}, link ceiling {ceiling:.1f} GB/s", flush=True)
-    heading = f"{'misses':>6}{'fetch':>10}{'arithmetic':>12}{'one after the other':>21}{'one pass':>10}{'link':>10}"
-    print(f"{heading}{'%':>7}")
     parts, rows = {part.__name__: _timed(part, store, options) for part in PARTS}, []
+    after = _timed(one_pass_after, store, options)
+    print("misses " + "".join(f"{name.replace('_', ' '):>{WIDTH}}" for name in (*parts, *SHARES, "link", "%")))
     for misses in options.misses:
         plans = _plans(misses, options)
         row = {name: microseconds(plans) for name, microseconds in parts.items()}
+        row |= {name: after(_with_arrivals(plans, store, share)) for name, share in SHARES.items()}
         row["link"] = misses * store.nbytes / options.num_experts / ceiling / 1e3
         row["percent_of_longer"] = 100 * row["one_pass"] / max(row["fetch"], row["arithmetic"])
         rows.append({"misses": misses, **row})
-        print(
-            f"{misses:>6}{row['fetch']:>10.1f}{row['arithmetic']:>12.1f}{row['two_steps']:>21.1f}"
-            f"{row['one_pass']:>10.1f}{row['link']:>10.1f}{row['percent_of_longer']:>7.0f}",
-            flush=True,
-        )
+        print(f"{misses:<7}" + "".join(f"{value:>{WIDTH}.1f}" for value in row.values()), flush=True)
+    beside = _beside(store, options)
+    print(", ".join(f"{name.replace('_', ' ')} {us:.1f}" for name, us in beside.items()), flush=True)
     for config in options.fetch_configs:
         print(_rate_of_config(store, config, options, ceiling), flush=True)
-    print(json.dumps({"link_ceiling_gbps": ceiling, "rows": rows}))
+    print(json.dumps({"link_ceiling_gbps": ceiling, "rows": rows, "beside": beside}))
 
 
 def _pinned(shape: tuple[int, ...]) -> jax.Array:
@@ -141,13 +150,52 @@ def one_pass(x, store, slots, plan: Admitted):
     return y.astype(x.dtype), slots
 
 
+def one_pass_after(x, store, slots, plan: tuple[Admitted, Arrivals]):
+    y, slots = read_through.expert_mlp(x, store, slots, *plan)
+    return y.astype(x.dtype), slots
+
+
 PARTS = (fetch, arithmetic, two_steps, one_pass)
 
 
-def _timed(part: Callable, store: jax.Array, options: argparse.Namespace) -> Callable[[list[Admitted]], float]:
+def _with_arrivals(plans: list[Admitted], store: jax.Array, share: float) -> list[tuple[Admitted, Arrivals]]:
+    """Beside each plan the expert of its first entry, of which a share has come."""
+    num_rows, one = jnp.asarray(3 * store.shape[2]), jnp.asarray(1)
+    come = [jax.jit(prefetch)(store, plan.plan_experts[:1], one, num_rows) for plan in plans]
+    rows = jnp.asarray([round(share * 3 * store.shape[2])], jnp.int32)
+    return [(plan, dataclasses.replace(expert, num_rows=rows)) for plan, expert in zip(plans, come, strict=True)]
+
+
+def _beside(store: jax.Array, options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of dense products, of a prefetch of half an expert, and of both."""
+    from kernels_pallas.prefetch.mosaic_gpu import COMPILER_OPTIONS  # importing Mosaic takes seconds
+
+    keys = jax.random.split(jax.random.key(2), NUM_PRODUCTS)
+    dense = [random_slots(key, (options.width, options.width), store.dtype.name) for key in keys]
+
+    def part(x, store, slots, plan: Admitted, *, multiplies: bool, prefetches: bool):
+        y, late = x, jnp.zeros_like(x)
+        if prefetches:
+            known_now = (x[0, :1] > jnp.inf).astype(jnp.int32)  # as a guess, which no call can make before it has x
+            guess, one = plan.plan_experts[:1] + known_now, jnp.asarray(1)
+            come = prefetch(store, guess, one, jnp.asarray(3 * store.shape[2] // 2))
+            late = come.weights[0, 0, :1] * jnp.asarray(1e-30, x.dtype)
+        for weights in dense if multiplies else ():
+            y = jnp.tanh(y @ weights)
+        return y + late, slots
+
+    kinds = {"dense_products": (True, False), "prefetch": (False, True), "both": (True, True)}
+    plans, times = _plans(1, options), {}
+    for name, (multiplies, prefetches) in kinds.items():
+        chosen = functools.partial(part, multiplies=multiplies, prefetches=prefetches)
+        times[name] = _timed(chosen, store, options, COMPILER_OPTIONS)(plans)
+    return times
+
+
+def _timed(part: Callable, store: jax.Array, options: argparse.Namespace, compiler_options=None) -> Callable:
     """Microseconds of one call, by plans of calls, each of which goes on with what the one before it made."""
 
-    @functools.partial(jax.jit, donate_argnums=2)
+    @functools.partial(jax.jit, donate_argnums=2, compiler_options=compiler_options)
     def run(x, store, slots, plans):
         def calls(_, state):
             x, slots = state
@@ -160,7 +208,7 @@ def _timed(part: Callable, store: jax.Array, options: argparse.Namespace) -> Cal
 
     shape = (options.num_experts // 2, *store.shape[1:])
 
-    def microseconds(plans: list[Admitted]) -> float:
+    def microseconds(plans: list) -> float:
         x, slots = jnp.ones((1, options.width), store.dtype), random_slots(jax.random.key(1), shape, store.dtype.name)
         x, slots = jax.block_until_ready(run(x, store, slots, plans))
         times = []
