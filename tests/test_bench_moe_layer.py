@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jmoe import memory
+from kernels_pallas.prefetch.api import prefetch
 from tools import bench_moe_layer
 
 
@@ -53,6 +54,6 @@ def test_the_first_missing_expert_has_come_by_a_share(share: float, num_rows: in
 def test_a_prefetch_is_timed_with_and_without_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_moe_layer, "CALLS", 2)
     options, store = tiny()
-    times = bench_moe_layer._beside(store, options)
+    times = bench_moe_layer._beside(store, options, prefetch)
     assert list(times) == ["dense_products", "prefetch", "both"]
     assert min(times.values()) > 0

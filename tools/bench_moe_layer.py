@@ -13,11 +13,13 @@ and both, of which the second does not wait for the first.
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-experts", type=int, default=64, help="in host memory; half as many slots")
     parser.add_argument("--misses", type=int, nargs="+", default=list(range(NUM_GROUPS + 1)), metavar="0…8")
     parser.add_argument("--fetch-configs", nargs="+", default=[], metavar="BLOCKSxSTAGESxKIB", type=_config)
+    parser.add_argument("--prefetch-configs", nargs="+", default=[], metavar="BLOCKSxSTAGESxKIB", type=_config)
     parser.add_argument("--repeats", type=int, default=5, help="the median is printed")
     return parser
 
@@ -89,8 +92,11 @@ def _run(options: argparse.Namespace) -> None:
         row["percent_of_longer"] = 100 * row["one_pass"] / max(row["fetch"], row["arithmetic"])
         rows.append({"misses": misses, **row})
         print(f"{misses:<7}" + "".join(f"{value:>{WIDTH}.1f}" for value in row.values()), flush=True)
-    beside = _beside(store, options)
-    print(", ".join(f"{name.replace('_', ' ')} {us:.1f}" for name, us in beside.items()), flush=True)
+    beside = _beside(store, options, prefetch)
+    print(_line("prefetch beside products", beside), flush=True)
+    for config in options.prefetch_configs:
+        bring = functools.partial(_kernel("prefetch").prefetch, config=_chosen(config))
+        print(_line(f"prefetch, {_words(config)}", _beside(store, options, bring)), flush=True)
     for config in options.fetch_configs:
         print(_rate_of_config(store, config, options, ceiling), flush=True)
     print(json.dumps({"link_ceiling_gbps": ceiling, "rows": rows, "beside": beside}))
@@ -166,10 +172,8 @@ def _with_arrivals(plans: list[Admitted], store: jax.Array, share: float) -> lis
     return [(plan, dataclasses.replace(expert, num_rows=rows)) for plan, expert in zip(plans, come, strict=True)]
 
 
-def _beside(store: jax.Array, options: argparse.Namespace) -> dict[str, float]:
+def _beside(store: jax.Array, options: argparse.Namespace, prefetch: Callable) -> dict[str, float]:
     """Microseconds of dense products, of a prefetch of half an expert, and of both."""
-    from kernels_pallas.prefetch.mosaic_gpu import COMPILER_OPTIONS  # importing Mosaic takes seconds
-
     keys = jax.random.split(jax.random.key(2), NUM_PRODUCTS)
     dense = [random_slots(key, (options.width, options.width), store.dtype.name) for key in keys]
 
@@ -188,7 +192,7 @@ def _beside(store: jax.Array, options: argparse.Namespace) -> dict[str, float]:
     plans, times = _plans(1, options), {}
     for name, (multiplies, prefetches) in kinds.items():
         chosen = functools.partial(part, multiplies=multiplies, prefetches=prefetches)
-        times[name] = _timed(chosen, store, options, COMPILER_OPTIONS)(plans)
+        times[name] = _timed(chosen, store, options, _kernel("prefetch").COMPILER_OPTIONS)(plans)
     return times
 
 
@@ -223,20 +227,37 @@ def _timed(part: Callable, store: jax.Array, options: argparse.Namespace, compil
 
 def _rate_of_config(store: jax.Array, config: tuple[int, int, int], options: argparse.Namespace, ceiling: float) -> str:
     """GB/s of the fetch kernel with so many blocks, stages and KiB a tile, for plans of one to eight."""
-    from kernels_pallas.fetch import mosaic_gpu  # importing Mosaic takes seconds
-
-    blocks, stages, kib = config
-    chosen = mosaic_gpu.Config(num_blocks=blocks, num_stages=stages, tile_bytes=kib * 1024)
 
     def fetch(x, store, slots, plan: Admitted):
         entries = plan.plan_experts, plan.plan_slots, plan.count
-        return x, mosaic_gpu.fetch(store, slots, *entries, config=chosen)
+        return x, _kernel("fetch").fetch(store, slots, *entries, config=_chosen(config))
 
     microseconds, found = _timed(fetch, store, options), []
     for misses in (1, 2, 4, 8):
         gbps = misses * store.nbytes / options.num_experts / microseconds(_plans(misses, options)) / 1e3
         found.append(f"{misses}: {gbps:.1f} GB/s ({100 * gbps / ceiling:.0f} %)")
-    return f"fetch, {blocks} blocks x {stages} stages x {kib} KiB: {', '.join(found)}"
+    return f"fetch, {_words(config)}: {', '.join(found)}"
+
+
+def _kernel(operation: str) -> ModuleType:
+    """The operation's kernel; importing Mosaic takes seconds."""
+    return importlib.import_module(f"kernels_pallas.{operation}.mosaic_gpu")
+
+
+def _chosen(config: tuple[int, int, int]):
+    from kernels_pallas.tile_ring import Config
+
+    blocks, stages, kib = config
+    return Config(num_blocks=blocks, num_stages=stages, tile_bytes=kib * 1024)
+
+
+def _words(config: tuple[int, int, int]) -> str:
+    blocks, stages, kib = config
+    return f"{blocks} blocks x {stages} stages x {kib} KiB"
+
+
+def _line(what: str, times: dict[str, float]) -> str:
+    return f"{what}, us: " + ", ".join(f"{name.replace('_', ' ')} {us:.1f}" for name, us in times.items())
 
 
 if __name__ == "__main__":
