@@ -30,7 +30,7 @@ from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch import api as fetch_api
-from kernels_pallas.prefetch.api import prefetch
+from kernels_pallas.prefetch.api import COMPILER_OPTIONS, prefetch
 from kernels_pallas.prefetch.arrivals import Arrivals
 from tools.bench_expert_mlp import random_slots
 
@@ -192,7 +192,7 @@ def _beside(store: jax.Array, options: argparse.Namespace, prefetch: Callable) -
     plans, times = _plans(1, options), {}
     for name, (multiplies, prefetches) in kinds.items():
         chosen = functools.partial(part, multiplies=multiplies, prefetches=prefetches)
-        times[name] = _timed(chosen, store, options, _kernel("prefetch").COMPILER_OPTIONS)(plans)
+        times[name] = _timed(chosen, store, options, COMPILER_OPTIONS)(plans)
     return times
 
 

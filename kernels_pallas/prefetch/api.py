@@ -6,6 +6,10 @@ from kernels_pallas import backends
 from kernels_pallas.prefetch import reference
 from kernels_pallas.prefetch.arrivals import Arrivals
 
+# Of the outermost jax.jit of a program whose prefetches are to run beside other work; a backend that is no GPU ignores
+# them.
+COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
 
 def _mosaic_gpu(store, expert_ids, count, num_rows):
     from kernels_pallas.prefetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
@@ -32,7 +36,7 @@ def prefetch(
     """The first `num_rows` rows of D values (3F an expert) of the first `count` experts, in their order.
 
     `store` is in host memory, everything else on the device. Ids at and beyond `count` are not read; those before are
-    distinct. On a GPU the copy runs beside whatever does not need it.
+    distinct. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`.
 
     Raises ValueError for a list of no expert, NotImplementedError for an implementation that cannot run here.
     """

@@ -1,7 +1,7 @@
 """The prefetch as one Mosaic GPU kernel on a stream of its own: TMA from pinned host memory into a fresh buffer.
 
 Its result is an output, and no array that something else may write: only so may XLA let it run beside other kernels.
-They overlap where the program around it is compiled with `COMPILER_OPTIONS`; elsewhere it runs in its place.
+They overlap where the program around it is compiled with `api.COMPILER_OPTIONS`; elsewhere it runs in its place.
 """
 
 import math
@@ -18,7 +18,6 @@ from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
 from kernels_pallas.tile_ring import Config, Tiling, tiling
 
 STREAM = "gpu_stream:1"
-COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}  # of jax.jit; other backends ignore them
 
 
 def prefetch(store, expert_ids, count, num_rows, *, config: Config = Config(), interpret=None) -> Arrivals:

@@ -14,8 +14,7 @@ from kernels_pallas.admit.specs import SPECS as ADMIT_SPECS
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
-from kernels_pallas.prefetch.api import prefetch, resolve
-from kernels_pallas.prefetch.mosaic_gpu import COMPILER_OPTIONS
+from kernels_pallas.prefetch.api import COMPILER_OPTIONS, prefetch, resolve
 from kernels_pallas.prefetch.specs import SPECS, PrefetchSpec
 from tests.gpu.test_fetch import bits, random_bits
 from tests.kernels.test_prefetch import rows_of

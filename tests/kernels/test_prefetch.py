@@ -111,7 +111,7 @@ def test_the_kernel_compiles_for_cuda_at_its_true_size(spec: PrefetchSpec) -> No
 
 def test_other_backends_take_its_compiler_options() -> None:
     store = jax.device_put(make_store(SMALL.store_shape, SMALL.dtype), memory.host_sharding())
-    prefetch = jax.jit(api.prefetch, compiler_options=mosaic_gpu.COMPILER_OPTIONS)
+    prefetch = jax.jit(api.prefetch, compiler_options=api.COMPILER_OPTIONS)
     assert check(prefetch, SMALL).weights.sharding.memory_kind == "device"
     assert prefetch(store, *map(jnp.asarray, SMALL.make())).weights.sharding.memory_kind == "device"
 
