@@ -173,7 +173,7 @@ class SpeculativeSteps:
         token_ids = jnp.concatenate([state.last_tokens[:, None], drafted], axis=1)
         valid = ~state.done[:, None] & (token_ids != NO_TOKEN) & (ahead < state.budget[:, None])
         decoder = steps.decoder(params)
-        hidden, state, routings = steps.forward(
+        hidden, state, routings, _ = steps.forward(
             decoder, store, state, jnp.maximum(token_ids, 0), valid, lengths + 1, admits=True
         )
         logits = decoder.unembed(hidden)  # [B, γ+1, V]

@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample, token_logprobs
+from jmoe.decoding.emitted import Emitted, Routed, emit, nothing_emitted, routed_in
+from jmoe.decoding.sampling import Mode, Sampling, sample, token_logprobs
 from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
+from jmoe.experts.look_ahead import Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
@@ -68,36 +70,11 @@ class Chunk:
     prompt_lengths: Int[Array, " B"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Routed:
-    """What the L MoE layers routed in n steps of T tokens a sequence: as `Routing`, with expert E for no token.
-
-    uint16 and float16, what `jmoe.traces` keeps at most. No memory plan counts it, since it is small: 4 bytes a choice,
-    for Qwen3-30B-A3B's 48 layers of 8 choices 0.8 MB for a chunk of 512 tokens, and 50 kB for 32 decoded ones.
-    """
-
-    expert_ids: Int[Array, "n L B T A"]
-    combine_weights: Float[Array, "n L B T A"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Emitted:
-    """Tokens of one decode call, [B, n]; NO_TOKEN where a sequence was done. `num_steps` of the n columns are used.
-
-    `routed`, of `num_steps` steps of one token, is None unless the steps record.
-    """
-
-    token_ids: Int[Array, "B n"]
-    logprobs: Float[Array, "B n"]
-    num_steps: Int[Array, ""]
-    routed: Routed | None = None
-
-
 # XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of it.
 # It makes none of these steps faster (docs/benchmarks.md).
 COMPILER_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+# Lets kernels of one command buffer run beside each other where none needs the other: attention and a prefetch.
+PREFETCH_COMPILER_OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +95,33 @@ class Steps:
         """The model with these parameters."""
         return build_decoder(self.config, params, self.implementation)
 
-    def _experts(self, store: ExpertStore, slots: ExpertSlots, *, admits: bool) -> ResidentExperts | OffloadedExperts:
+    def _experts(
+        self, store: ExpertStore, slots: ExpertSlots, *, admits: bool, prefetch: Prefetch | None
+    ) -> ResidentExperts | OffloadedExperts:
         if self.resident:
             return ResidentExperts(store.layers, slots, self.implementation)
-        return OffloadedExperts(store, slots, self.layout, admits, self.implementation, self.policy)
+        return OffloadedExperts(store, slots, self.layout, admits, self.implementation, self.policy, prefetch)
 
-    def forward(self, decoder: Decoder, store, state: DecodeState, token_ids, valid, rope_lengths, *, admits: bool):
-        experts = self._experts(store, state.experts, admits=admits)
+    def forward(
+        self,
+        decoder: Decoder,
+        store,
+        state: DecodeState,
+        token_ids,
+        valid,
+        rope_lengths,
+        *,
+        admits: bool,
+        prefetch: Prefetch | None = None,
+    ) -> tuple[Float[Array, "B T D"], DecodeState, tuple[Routing, ...], Prefetched | None]:
+        """Hidden states, the state after, and what the step's layers routed and had early."""
+        experts = self._experts(store, state.experts, admits=admits, prefetch=prefetch)
         start = experts.start(), ()
         hidden, cache, (carry, routings) = decoder(
             token_ids, valid, rope_lengths, state.cache, Observed(experts), start
         )
-        return hidden, dataclasses.replace(state, cache=cache, experts=experts.finish(carry)), routings
+        state = dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
+        return hidden, state, routings, experts.prefetched(carry)
 
     @functools.partial(
         jax.jit, static_argnames=("self", "mode"), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
@@ -139,14 +131,14 @@ class Steps:
     ) -> tuple[DecodeState, Routed | None]:
         """Takes in one chunk of every prompt; a prompt that ends in it gets its first token sampled."""
         with jax.named_scope("prefill"):
-            hidden, state, routings = self._prefill_chunk(params, store, state, chunk)
+            hidden, state, routings, _ = self._prefill_chunk(params, store, state, chunk)
             at = jnp.maximum(chunk.num_valid - 1, 0)[:, None, None]
             last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]  # [B, D]
             logits = self.decoder(params).unembed(last)
             with jax.named_scope("sample"):
                 tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
         state = self._advance(state, chunk.is_last, tokens, logprobs, sampling)
-        return state, _routed(routings, chunk.num_valid.size) if self.record else None
+        return state, routed_in(routings, chunk.num_valid.size) if self.record else None
 
     @functools.partial(
         jax.jit, static_argnames=("self",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
@@ -155,7 +147,7 @@ class Steps:
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
         """As `prefill`, but returns the hidden states of the whole chunk and samples nothing."""
-        hidden, state, _ = self._prefill_chunk(params, store, state, chunk)
+        hidden, state, *_ = self._prefill_chunk(params, store, state, chunk)
         return hidden, state
 
     @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
@@ -191,12 +183,49 @@ class Steps:
         mode: Mode,
     ) -> tuple[DecodeState, Emitted]:
         """Up to `num_steps` <= `capacity` (static) tokens for every sequence; stops when all are done."""
+        return self._decode(params, store, state, sampling, num_steps, None, capacity, mode)
+
+    @functools.partial(
+        jax.jit,
+        static_argnames=("self", "prefetch_experts", "capacity", "mode"),
+        donate_argnames=("state",),
+        compiler_options=PREFETCH_COMPILER_OPTIONS,
+    )
+    def decode_prefetching(
+        self,
+        params,
+        store: ExpertStore,
+        state: DecodeState,
+        sampling: Sampling,
+        num_steps: Int[Array, ""],
+        prefetch_rows: Int[Array, ""],
+        *,
+        prefetch_experts: int,
+        capacity: int,
+        mode: Mode,
+    ) -> tuple[DecodeState, Emitted]:
+        """As `decode`, with the same tokens; in each layer so many rows of D values, of so many experts at most, come
+        before its router has asked.
+        """
+        prefetch = Prefetch(prefetch_experts, prefetch_rows, self.config.num_experts_per_tok)
+        return self._decode(params, store, state, sampling, num_steps, prefetch, capacity, mode)
+
+    def _decode(
+        self,
+        params,
+        store,
+        state: DecodeState,
+        sampling: Sampling,
+        num_steps,
+        prefetch: Prefetch | None,
+        capacity: int,
+        mode: Mode,
+    ) -> tuple[DecodeState, Emitted]:
         batch = state.last_tokens.shape[0]
-        emitted = Emitted(
-            token_ids=jnp.full((batch, capacity), NO_TOKEN, jnp.int32),
-            logprobs=jnp.zeros((batch, capacity), jnp.float32),
-            num_steps=jnp.zeros((), jnp.int32),
+        emitted = dataclasses.replace(
+            nothing_emitted(batch, capacity),
             routed=self._room_for_routing(capacity, batch) if self.record else None,
+            prefetched=None if prefetch is None or self.resident else no_rows(self.layout.num_layers),
         )
 
         def unfinished(loop: tuple[DecodeState, Emitted]) -> Bool[Array, ""]:
@@ -206,8 +235,8 @@ class Steps:
         def step(loop: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
             state, emitted = loop
             was_done = state.done
-            state, routings = self._decode_step(params, store, state, sampling, mode)
-            return state, _emit(emitted, state, was_done, routings)
+            state, routings, counts = self._decode_step(params, store, state, sampling, prefetch, mode)
+            return state, emit(emitted, state.last_tokens, state.last_logprobs, was_done, routings, counts)
 
         return jax.lax.while_loop(unfinished, step, (state, emitted))
 
@@ -215,16 +244,17 @@ class Steps:
         shape = num_steps, self.layout.num_layers, batch_size, 1, self.config.num_experts_per_tok
         return Routed(jnp.full(shape, self.config.num_experts, jnp.uint16), jnp.zeros(shape, jnp.float16))
 
-    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, mode: Mode):
+    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, prefetch, mode: Mode):
         decoder, active = self.decoder(params), ~state.done
         token_ids, rope_lengths = state.last_tokens[:, None], state.cache.lengths + 1
-        hidden, state, routings = self.forward(
-            decoder, store, state, token_ids, active[:, None], rope_lengths, admits=True
+        valid = active[:, None]
+        hidden, state, routings, counts = self.forward(
+            decoder, store, state, token_ids, valid, rope_lengths, admits=True, prefetch=prefetch
         )
         logits = decoder.unembed(hidden[:, 0])
         with jax.named_scope("sample"):
             tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
-        return self._advance(state, active, tokens, logprobs, sampling), routings
+        return self._advance(state, active, tokens, logprobs, sampling), routings, counts
 
     @staticmethod
     def _advance(state: DecodeState, produced: Bool[Array, " B"], tokens, logprobs, sampling: Sampling) -> DecodeState:
@@ -238,29 +268,6 @@ class Steps:
             budget=budget,
             done=state.done | (produced & ended),
         )
-
-
-def _routed(routings: tuple[Routing, ...], batch_size: int) -> Routed:
-    """Of one step."""
-    expert_ids = jnp.stack([routing.expert_ids for routing in routings])  # [L, B*T, A]
-    weights = jnp.stack([routing.combine_weights for routing in routings])
-    shape = 1, len(routings), batch_size, -1, expert_ids.shape[-1]
-    return Routed(expert_ids.astype(jnp.uint16).reshape(shape), weights.astype(jnp.float16).reshape(shape))
-
-
-def _emit(emitted: Emitted, state: DecodeState, was_done: Bool[Array, " B"], routings: tuple[Routing, ...]) -> Emitted:
-    routed = emitted.routed
-    if routed is not None:
-        row, place = _routed(routings, was_done.size), (emitted.num_steps, 0, 0, 0, 0)
-        routed = jax.tree.map(lambda rows, new: jax.lax.dynamic_update_slice(rows, new, place), routed, row)
-    tokens = jnp.where(was_done, NO_TOKEN, state.last_tokens)[:, None]
-    at = (0, emitted.num_steps)
-    return Emitted(
-        token_ids=jax.lax.dynamic_update_slice(emitted.token_ids, tokens, at),
-        logprobs=jax.lax.dynamic_update_slice(emitted.logprobs, state.last_logprobs[:, None], at),
-        num_steps=emitted.num_steps + 1,
-        routed=routed,
-    )
 
 
 def forward_resident(

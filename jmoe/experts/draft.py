@@ -16,6 +16,7 @@ from jmoe.experts.layer import Groups, multiply, tokens_of_experts
 from jmoe.experts.policies import POLICIES
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import ExpertSlots
+from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
 from kernels_pallas.admit.api import admit
 
@@ -139,8 +140,8 @@ def nearest_kept(kept: Bool[Array, "L E"], distances: Float[Array, "L E E"]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftExperts:
-    """Fits `jmoe.model.decoder.MoE`: multiplies with the draft set's experts where they are, and changes nothing."""
+class DraftExperts(MoE):
+    """Multiplies with the draft set's experts where they are, and changes nothing."""
 
     slots: ExpertSlots
     draft: DraftSet

@@ -1,17 +1,20 @@
 """The seam: a routing becomes experts that can be multiplied with. route → admit → fetch → expert_mlp → combine.
 
-Both kinds of experts here fit `jmoe.model.decoder.MoE`. `ResidentExperts` is the reference: everything on the device.
+`ResidentExperts` is the reference: everything on the device.
 `OffloadedExperts` brings in what its routers ask for. They share the grouping, so that they add up the same numbers in
 the same order.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jmoe.experts import look_ahead
+from jmoe.experts.look_ahead import Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.experts.residency import NONE, Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
@@ -24,6 +27,7 @@ from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
+from kernels_pallas.prefetch.arrivals import Arrivals
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +79,7 @@ def multiply(x: Float[Array, "T D"], slots, at: Int[Array, " G"], groups: Groups
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidentExperts:
+class ResidentExperts(MoE):
     """All experts on the device, one array a layer; nothing is fetched, and slots are handed on as they are."""
 
     layers: tuple[Float[Array, "E 3 F D"], ...]
@@ -88,6 +92,9 @@ class ResidentExperts:
     def finish(self, carry: ExpertSlots) -> ExpertSlots:
         return carry
 
+    def prefetched(self, carry: ExpertSlots) -> None:
+        return None
+
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: ExpertSlots | None):
         weights = self.layers[moe_layer]
         with jax.named_scope("experts"):
@@ -97,7 +104,7 @@ class ResidentExperts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Observed:
+class Observed(MoE):
     """Experts whose carry is their own, and beside it the tuple of all routings so far, one a MoE layer."""
 
     experts: MoE
@@ -109,11 +116,18 @@ class Observed:
         y, inner = self.experts(moe_layer, x, routing, inner)
         return y, (inner, (*routings, routing))
 
+    def look_ahead(self, moe_layer: int, guess, valid, carry: tuple[Any, tuple[Routing, ...]]):
+        inner, routings = carry
+        return self.experts.look_ahead(moe_layer, guess, valid, inner), routings
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What the layers done so far have asked for, and have made of the slots and of their residency."""
+    """What the layers done so far have asked for, and have made of the slots and of their residency.
+
+    `arrivals`, where there is a prefetch, came early for each of them and for the layer under way.
+    """
 
     staging: Float[Array, "W 3 F D"]
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
@@ -121,15 +135,19 @@ class Progress:
     expert_ids: tuple[Int[Array, "T A"], ...] = ()
     num_hits: tuple[Int[Array, ""], ...] = ()
     num_fetched: tuple[Int[Array, ""], ...] = ()
+    arrivals: tuple[Arrivals, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class OffloadedExperts:
+class OffloadedExperts(MoE):
     """Experts in the store, used from the slots.
 
     Decode steps (`admits`) make their misses resident, in the place of what `policy` (a name of `POLICIES`, the one
     that the slots' residency was made with) values least. Prefill does not: it uses what is resident where it is and
     streams the rest through the staging slots, so that the decode set survives it.
+
+    With `prefetch`, what a layer will probably miss comes while its attention runs, and is taken from there: in steps
+    that admit, and for which `look_ahead.pays`.
     """
 
     store: ExpertStore
@@ -138,6 +156,7 @@ class OffloadedExperts:
     admits: bool
     implementation: str | None = None
     policy: str = DEFAULT_POLICY
+    prefetch: Prefetch | None = None
 
     def start(self) -> Progress:
         return Progress(self.slots.staging)
@@ -154,6 +173,13 @@ class OffloadedExperts:
             after = dataclasses.replace(after, layers=progress.layers, tracked=tracked)
         return ExpertSlots(progress.slots, progress.staging, after)
 
+    def prefetched(self, progress: Progress) -> Prefetched | None:
+        """What came early in the step, counted; None without `prefetch`."""
+        if not progress.arrivals:
+            return no_rows(self.layout.num_layers) if self.prefetch else None
+        used = tokens_of_experts(jnp.stack(progress.expert_ids), self.layout.num_experts)
+        return look_ahead.count(progress.arrivals, used > 0)
+
     def _counts(self, progress: Progress, needed: Bool[Array, "L E"]) -> Counters:
         """Of this step, all layers at once: a few small kernels a step instead of a layer."""
         asked = jnp.sum(needed, axis=1, dtype=jnp.int32)
@@ -165,6 +191,14 @@ class OffloadedExperts:
     def _is_fixed(self) -> bool:
         """Whether no expert changes its slot in this step."""
         return self.layout.all_resident or not self.admits
+
+    def look_ahead(self, moe_layer: int, guess: Callable[[], Array], valid: Bool[Array, "B T"], carry: Progress):
+        prefetch = self.prefetch if self.admits else None
+        if prefetch is None or not look_ahead.pays(self.layout, valid.size * prefetch.per_row):
+            return carry
+        store, slot_of = self.store.layers[moe_layer], self.slots.residency.layers[moe_layer].slot_of
+        arrivals = look_ahead.bring(prefetch, store, guess(), valid, slot_of, self.implementation)
+        return dataclasses.replace(carry, arrivals=(*carry.arrivals, arrivals))
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))
@@ -187,7 +221,8 @@ class OffloadedExperts:
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups(admitted.group_experts, admitted.group_weights, routing.expert_ids.shape[1])
         if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
-            y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups)
+            arrivals = carry.arrivals[moe_layer] if carry.arrivals else None
+            y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
         else:
             if self.admits:
                 slots = self._fetch(moe_layer, slots, plan_of(admitted))
@@ -213,17 +248,19 @@ class OffloadedExperts:
         ids, weights = routing.expert_ids, routing.combine_weights
         return admit(ids, weights, used, value, before.slot_of, before.owner, implementation=self.implementation)
 
-    def _fetch(self, moe_layer: int, slots: Float[Array, "R 3 F D"], plan: FetchPlan) -> Float[Array, "R 3 F D"]:
+    def _fetch(
+        self, moe_layer: int, slots: Float[Array, "R 3 F D"], plan: FetchPlan, arrivals: Arrivals | None = None
+    ) -> Float[Array, "R 3 F D"]:
+        store, copies = self.store.layers[moe_layer], (plan.expert_ids, plan.slot_ids, plan.count)
         with jax.named_scope("fetch"):
-            store = self.store.layers[moe_layer]
-            return fetch(store, slots, plan.expert_ids, plan.slot_ids, plan.count, implementation=self.implementation)
+            return fetch(store, slots, *copies, arrivals=arrivals, implementation=self.implementation)
 
-    def _fetch_and_multiply(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups):
+    def _fetch_and_multiply(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups, arrivals):
         """In one pass where a kernel does both, so that experts that are here are multiplied with while others come."""
         if read_through.can(self.implementation, x, slots):
             with jax.named_scope("experts"):
-                return read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted)
-        slots = self._fetch(moe_layer, slots, plan_of(admitted))
+                return read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted, arrivals)
+        slots = self._fetch(moe_layer, slots, plan_of(admitted), arrivals)
         return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots
 
     def _in_waves(self, moe_layer: int, x, groups: Groups, layer: LayerResidency, slots, staging):

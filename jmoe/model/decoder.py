@@ -1,13 +1,13 @@
 """The decoder. Its mixture-of-experts layers get what they multiply with from the caller: see `MoE`."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
 from jmoe.model.attention import Attention
@@ -24,6 +24,16 @@ class MoE(Protocol):
     """
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Any) -> tuple[Array, Any]: ...
+
+    def look_ahead(
+        self, moe_layer: int, guess: Callable[[], Float[Array, "T E"]], valid: Bool[Array, "B T"], carry: Any
+    ) -> Any:
+        """The carry, once a layer's attention is about to run: time to bring what its router may ask for.
+
+        `guess` computes what the router would say of the residual stream as it is, logits of rows of which `valid` are
+        tokens; who does not call it pays nothing. By default nothing is done.
+        """
+        return carry
 
 
 class DecoderLayer(nnx.Module):
@@ -74,6 +84,7 @@ class Decoder(nnx.Module):
         angles = rope_angles(self.config, positions, rope_lengths)
         x = self.embed(token_ids)  # [B, T, D]
         for n, layer in enumerate(self.layers):
+            carry = self._look_ahead(n, x, valid, moe, carry)
             with jax.named_scope("attention"):
                 mixed, cache = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
                 x = x + mixed
@@ -81,6 +92,17 @@ class Decoder(nnx.Module):
             x = x + added
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(cache.keys, cache.values, lengths), carry
+
+    def _look_ahead(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
+        layer = self.layers[n]
+        router = layer.router
+        if router is None:
+            return carry
+        with jax.named_scope("prefetch"):
+            index = self.config.moe_layers.index(n)
+            return moe.look_ahead(
+                index, lambda: router.logits(layer.post_attention_norm(x.reshape(-1, x.shape[-1]))), valid, carry
+            )
 
     def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
         layer = self.layers[n]

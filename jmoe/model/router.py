@@ -33,9 +33,13 @@ class Router(nnx.Module):
         self.kernel = init_kernel(rngs, (config.num_experts, config.hidden_size), config.dtype)
         self.config, self.implementation = config, implementation
 
+    def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        """Of all experts, float32."""
+        return matmul(x, self.kernel[...], jnp.float32)
+
     def __call__(self, x: Float[Array, "T D"], valid: Bool[Array, " T"] | None = None) -> Routing:
         """Rows that are not valid are no tokens, and ask for no expert. None: all are."""
-        logits = matmul(x, self.kernel[...], jnp.float32)
+        logits = self.logits(x)
         expert_ids, weights = route(
             logits,
             jnp.ones(x.shape[:1], bool) if valid is None else valid,
