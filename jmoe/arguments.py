@@ -7,9 +7,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from jmoe.config import DTYPES, RESIDENCY_POLICIES, RuntimeConfig
+from jmoe.config import DTYPES, RESIDENCY_POLICIES, Prefetching, RuntimeConfig
 
 if TYPE_CHECKING:
     from jmoe.decoding.sampling import SamplingParams
@@ -89,6 +89,8 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--draft-experts", type=int, metavar="N", help="of each layer that draft; default: all slots")
     group.add_argument("--draft-tokens", type=int, metavar="N", help="the most that --draft auto tries (default: 4)")
+    group.add_argument("--prefetch", choices=get_args(Prefetching), help="bring experts before their router asks")
+    group.add_argument("--prefetch-experts", type=float, metavar="X", help="to prefetch in each layer (default: 0.5)")
     group.add_argument("--residency-policy", choices=RESIDENCY_POLICIES, help="which experts keep their slots")
     group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     group.add_argument("--implementation", metavar="NAME", help='"reference": plain JAX instead of the kernels')
@@ -177,6 +179,8 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         "draft": options.draft,
         "draft_experts": options.draft_experts,
         "draft_tokens": options.draft_tokens,
+        "prefetch": options.prefetch,
+        "prefetch_experts": options.prefetch_experts,
         "residency_policy": options.residency_policy,
         "implementation": options.implementation,
         "measure_link": False if options.no_link_test else None,
@@ -188,6 +192,8 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         )
     if options.draft_experts is not None and made.draft == "off":
         raise ValueError("--draft-experts says what drafts, and nothing does; add --draft auto, or a number")
+    if options.prefetch_experts is not None and made.prefetch == "off":
+        raise ValueError("--prefetch-experts says how much is prefetched, and nothing is; add --prefetch lookahead")
     return made
 
 

@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING
 
 from jmoe import memory
+from jmoe.config import ModelConfig
+from jmoe.experts.look_ahead import Prefetched
+from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls, DraftStats, ExpertCounts, GenerationStats
 from jmoe.traces import Recording
 
@@ -22,6 +25,7 @@ class Clock:
         self.num_prompt_tokens = self.num_decode_tokens = 0
         self.decode_calls: list[tuple[int, float]] = []
         self.prefill = self.decode = _NO_EXPERTS
+        self.prefetch: PrefetchStats | None = None
         self.drafted: dict[int, DecodeCalls] = {}  # by the number of drafted tokens; without drafts empty
 
     def add_decode(self, num_steps: int, seconds: float, num_tokens: int) -> None:
@@ -33,6 +37,12 @@ class Clock:
         """Where there are drafts: the same call in all its figures."""
         known = self.drafted.get(call.num_draft_tokens)
         self.drafted[call.num_draft_tokens] = known + call if known else call
+
+    def add_prefetch(self, prefetched: Prefetched | None, config: ModelConfig) -> None:
+        """What came early in a call of a jitted decode; None where nothing is prefetched."""
+        if prefetched is not None:
+            row_bytes = config.expert_bytes // (3 * config.moe_intermediate_size)
+            self.prefetch = (self.prefetch or PrefetchStats()) + PrefetchStats.read(prefetched, row_bytes)
 
     def stats(self, engine: "Engine", num_generated_tokens: int) -> GenerationStats:
         """What happened so far."""
@@ -49,6 +59,7 @@ class Clock:
             link_ceiling_gbps=engine.link_ceiling_gbps,
             peak_device_bytes=memory.peak_device_bytes(),
             drafts=self._draft_stats(engine) if engine.drafting else None,
+            prefetch=self.prefetch,
         )
 
     def _draft_stats(self, engine: "Engine") -> DraftStats:

@@ -16,6 +16,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
 DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "frozen", "random", "resident"]  # see `jmoe.experts.draft`
 Missing = Literal["reroute", "substitute", "drop"]
+Prefetching = Literal["off", "lookahead"]
+MOST_PREFETCHED = 4  # experts of a layer
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
 
@@ -193,6 +195,9 @@ class RuntimeConfig:
     `draft` says how many tokens speculative decoding drafts at a time (docs/speculative.md): "off", a number, or
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
     `draft_policy`; None is all that have a slot. `draft_missing` says what becomes of the choice of others.
+
+    `prefetch` "lookahead" brings `prefetch_experts` of each layer (0.5: half an expert) while its attention runs, those
+    that it will most probably miss (docs/prefetch.md).
     """
 
     expert_slots: int | None = None
@@ -213,6 +218,8 @@ class RuntimeConfig:
     draft_tokens: int = 4
     draft_policy: DraftPolicy = "hot"
     draft_missing: Missing = "reroute"
+    prefetch: Prefetching = "off"
+    prefetch_experts: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("expert_slots", "staging_slots", "device_memory_bytes", "host_memory_bytes", "max_seq_len"):
@@ -232,6 +239,7 @@ class RuntimeConfig:
             "choose one of them, or leave it out for the best",
         )
         self._check_draft()
+        self._check_prefetch()
 
     def _check_draft(self) -> None:
         number, experts = self.draft, self.draft_experts
@@ -249,6 +257,26 @@ class RuntimeConfig:
             f"record_routing=True does not go with draft={number!r}: routing is recorded of plain steps; "
             'choose draft="off"',
         )
+
+    def _check_prefetch(self) -> None:
+        kind, amount = self.prefetch, self.prefetch_experts
+        kinds = get_args(Prefetching)
+        _require(kind in kinds, f"prefetch={kind!r} is not one of {', '.join(kinds)}")
+        is_number = isinstance(amount, int | float) and not isinstance(amount, bool)
+        _require(
+            is_number and 0 < amount <= MOST_PREFETCHED,
+            f"prefetch_experts={amount!r} must be a number of experts a layer, above 0 and at most {MOST_PREFETCHED}",
+        )
+        _require(
+            kind == "off" or self.draft == "off",
+            f"prefetch={kind!r} does not go with draft={self.draft!r}: what drafts is resident, and a verification "
+            'asks for more experts than a prefetch brings; choose draft="off" or prefetch="off"',
+        )
+
+    @property
+    def most_prefetched(self) -> int:
+        """The most experts of a layer that a prefetch brings, whole or not; 0 without one."""
+        return math.ceil(self.prefetch_experts) if self.prefetch != "off" else 0
 
     @property
     def most_draft_tokens(self) -> int:

@@ -10,26 +10,21 @@ import jax
 import numpy as np
 
 from jmoe import memory
+from jmoe.announcement import device_line, policy_line
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import DecodeState, Steps, init_state
 from jmoe.drafting import Drafting, drafting_line, speculative_steps
 from jmoe.experts.affinity import load_or_measure
-from jmoe.experts.experience import Experience, num_bytes
+from jmoe.experts.experience import Experience
 from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
 from jmoe.model.families import trunk_shapes
-from jmoe.model.kv_cache import kv_shape
+from jmoe.prefetching import prefetch_rows, prefetching_line
 from jmoe.tokenizer import Tokenizer
-from kernels_pallas import backends
-from kernels_pallas.admit import api as admit_api
-from kernels_pallas.decode_attention import api as decode_attention_api
-from kernels_pallas.expert_mlp import api as expert_mlp_api
-from kernels_pallas.fetch import api as fetch_api
-from kernels_pallas.route import api as route_api
 
 Announce = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -51,6 +46,7 @@ class Engine:
     measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
     unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
     `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts.
+    `prefetch_rows` come early in each layer of a decode step; 0 without a prefetch.
     """
 
     def __init__(
@@ -80,6 +76,7 @@ class Engine:
         kept_in = None if plan.layout.all_resident else experience_file
         self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
         self.drafting = self._drafting(speculative, affinity_files)
+        self.prefetch_rows = prefetch_rows(config, runtime, plan)
         self._slots: ExpertSlots | None = self._fill_slots()
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:
@@ -107,17 +104,19 @@ class Engine:
         say = announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
         plan = plan_for(config, runtime, trunk_bytes=trunk_bytes)
-        for line in ["memory plan:", *plan.lines(), _device_line(config, runtime, plan)]:
+        for line in ["memory plan:", *plan.lines(), device_line(config, runtime, plan)]:
             say(line)
         ceiling = memory.measure_link_gbps() if runtime.measure_link else None
         if ceiling:
             say(f"link ceiling {ceiling:.1f} GB/s (plain copies, pinned host to device)")
         policy = runtime.residency_policy or DEFAULT_POLICY
-        say(_policy_line(policy, runtime, plan))
+        say(policy_line(policy, runtime, plan))
         steps = Steps(config, plan.layout, runtime.implementation, record=runtime.record_routing, policy=policy)
         speculative = speculative_steps(steps, runtime)
         if speculative:
             say(drafting_line(speculative, runtime, plan.layout))
+        if runtime.prefetch != "off":
+            say(prefetching_line(config, runtime, plan))
         weights, details = make_weights(), {"speculative": speculative, "announce": announce, **details}
         return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, **details)
 
@@ -253,39 +252,6 @@ class Engine:
         return self._experience.restore(
             init_slots(store, self.plan.layout, implementation=steps.implementation, policy=steps.policy)
         )
-
-
-def _device_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
-    """The device and which implementation of each kernel decodes on it, and why if that is not the fastest."""
-    name, batch, heads = runtime.implementation, plan.batch_size, config.num_attention_heads
-
-    def array(*shape: int, dtype: str = config.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    rows, slots = array(batch, config.hidden_size), array(plan.layout.slots_per_layer, *config.expert_shape)
-    qkv = array(batch, (heads + 2 * config.num_key_value_heads) * config.head_dim)
-    keys = array(*kv_shape(config, batch, plan.max_seq_len))
-    choices, experts = array(batch, config.num_experts_per_tok, dtype="int32"), array(config.num_experts, dtype="int32")
-    chosen = {
-        "route": route_api.choose(name, array(batch, config.num_experts, dtype="float32")),
-        "admit": admit_api.choose(name, choices, experts),
-        "fetch": fetch_api.resolve(name),
-        "expert_mlp": expert_mlp_api.choose(name, rows, slots),
-        "decode_attention": decode_attention_api.choose(name, qkv, keys, heads),
-    }
-    problem = backends.mosaic_gpu_problem()
-    why = f" ({problem})" if problem and name is None else ""
-    names = {each: ", ".join(op for op in chosen if chosen[op] == each) for each in chosen.values()}
-    kernels = "; ".join(f"{each} for {operations}" for each, operations in names.items())
-    return f"device {jax.devices()[0].device_kind}; kernels: {kernels}{why}"
-
-
-def _policy_line(policy: str, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
-    layout, chosen = plan.layout, "" if runtime.residency_policy else ", chosen automatically"
-    if layout.all_resident:
-        return "residency policy: none is needed, every expert is resident"
-    size = num_bytes(policy, layout.num_layers, layout.num_experts)
-    return f"residency policy {policy} ({memory.format_bytes(size)} of device memory{chosen})"
 
 
 def plan_for(config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int) -> memory.MemoryPlan:

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmoe import prefetching
 from jmoe.clock import Clock
 from jmoe.completions import Completion, Delta, PromptInProgress
 from jmoe.decoding.draft_choice import Choice
+from jmoe.decoding.emitted import Emitted, Routed
 from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.speculative import Verified
-from jmoe.decoding.step import Chunk, DecodeState, Emitted, Routed
+from jmoe.decoding.step import Chunk, DecodeState
 from jmoe.drafting import Drafting
 from jmoe.experts.draft import DraftSet
 from jmoe.experts.residency import Counters
@@ -129,6 +131,8 @@ class _Batch:
         self.mode = sampling_mode(requests)
         self.finished = False
         self.drafting = engine.drafting
+        pays = prefetching.pays(engine.config, engine.plan, len(sequences))
+        self._prefetch_rows = engine.prefetch_rows if pays else 0
         self._draft_set: DraftSet | None = None
         self._num_active = len(sequences)
         self._before = read_counts(state.experts.residency)
@@ -166,10 +170,14 @@ class _Batch:
 
     def _decode(self, num_steps: int) -> Emitted:
         weights, steps = self.engine.weights, self.engine.steps
-        count, capacity = jnp.asarray(num_steps, jnp.int32), self.engine.runtime.decode_chunk
-        self.state, emitted = steps.decode(
-            weights.params, weights.store, self.state, self.sampling, count, capacity=capacity, mode=self.mode
-        )
+        inputs = weights.params, weights.store, self.state, self.sampling, jnp.asarray(num_steps, jnp.int32)
+        static = {"capacity": self.engine.runtime.decode_chunk, "mode": self.mode}
+        if self._prefetch_rows:
+            rows = jnp.asarray(self._prefetch_rows, jnp.int32)
+            most = self.engine.runtime.most_prefetched
+            self.state, emitted = steps.decode_prefetching(*inputs, rows, prefetch_experts=most, **static)
+        else:
+            self.state, emitted = steps.decode(*inputs, **static)
         return emitted
 
     def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
@@ -214,6 +222,7 @@ class _Batch:
         emitted, done, experts = jax.device_get((emitted, self.state.done, self._counters()))  # together: one wait
         num_steps = int(emitted.num_steps)
         self._record(jax.tree.map(lambda steps: steps[:num_steps], emitted.routed), is_prefill=False)
+        self.clock.add_prefetch(emitted.prefetched, self.engine.config)
         tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
         num_tokens = int((tokens != NO_TOKEN).sum())
         counts = {"num_tokens": num_tokens, "num_verifications": num_tokens}

@@ -127,6 +127,7 @@ class MemoryPlan:
     staging_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    prefetch_bytes: int
     store_bytes: int
     pinned_bytes: int
     device_limit_bytes: int
@@ -134,7 +135,8 @@ class MemoryPlan:
 
     @property
     def device_bytes(self) -> int:
-        return self.trunk_bytes + self.slots_bytes + self.staging_bytes + self.kv_bytes + self.workspace_bytes
+        temporary = self.workspace_bytes + self.prefetch_bytes
+        return self.trunk_bytes + self.slots_bytes + self.staging_bytes + self.kv_bytes + temporary
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -150,6 +152,7 @@ class MemoryPlan:
             ("staging slots", self.staging_bytes, f"{layout.num_staging}"),
             ("KV cache", self.kv_bytes, f"{self.batch_size} x {self.max_seq_len} positions"),
             ("workspace", self.workspace_bytes, f"prefill {self.prefill_chunk} tokens at a time"),
+            *([("prefetch", self.prefetch_bytes, "")] if self.prefetch_bytes else []),
             ("device", self.device_bytes, f"of {format_bytes(self.device_limit_bytes)}"),
             (
                 "host (pinned)",
@@ -225,6 +228,9 @@ def plan_memory(
         "workspace": workspace_bytes(config, runtime.batch_size, max_seq_len, prefill_chunk, runtime.most_draft_tokens),
     }
     slots = _slots_per_layer(config, runtime, device_limit, fixed)
+    if runtime.most_prefetched and slots < config.num_experts:
+        fixed["prefetch"] = 2 * runtime.most_prefetched * config.expert_bytes  # of this layer, and of the one before
+        slots = _slots_per_layer(config, runtime, device_limit, fixed)
     layout = SlotLayout(
         num_layers=len(config.moe_layers), num_experts=config.num_experts, slots_per_layer=slots, num_staging=staging
     )
@@ -238,6 +244,7 @@ def plan_memory(
         staging_bytes=fixed["staging slots"],
         kv_bytes=fixed["KV cache"],
         workspace_bytes=fixed["workspace"],
+        prefetch_bytes=fixed.get("prefetch", 0),
         store_bytes=config.store_bytes,
         pinned_bytes=pinned,
         device_limit_bytes=device_limit,

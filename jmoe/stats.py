@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jmoe.experts.residency import Counters, Residency
+from jmoe.prefetch_stats import PrefetchStats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ class GenerationStats:
 
     `compile_s` is spent once for each shape, before the other clocks start. `decode_calls` are the (steps, seconds) of
     each call of a jitted step; what the caller does between them does not count. With drafts, a cycle is a step, and
-    `drafts` says how they did.
+    `drafts` says how they did; `prefetch` is None where nothing was prefetched.
     """
 
     num_prompt_tokens: int
@@ -194,6 +195,7 @@ class GenerationStats:
     link_ceiling_gbps: float | None
     peak_device_bytes: int | None
     drafts: DraftStats | None = None
+    prefetch: PrefetchStats | None = None
 
     @property
     def num_decode_steps(self) -> int:
@@ -216,14 +218,20 @@ class GenerationStats:
         return self.decode.hit_rate
 
     @property
+    def link_bytes(self) -> int:
+        """What crossed the link while decoding: every expert that was missing, once, and what came in vain."""
+        wasted = self.prefetch.wasted_bytes if self.prefetch else 0
+        return self.decode.misses * self.expert_bytes + wasted
+
+    @property
     def bytes_per_token(self) -> float:
         """Bytes that crossed the link for one decoded token."""
-        return self.decode.misses * self.expert_bytes / self.num_decode_tokens if self.num_decode_tokens else 0.0
+        return self.link_bytes / self.num_decode_tokens if self.num_decode_tokens else 0.0
 
     @property
     def fetched_gbps(self) -> float:
         """GB/s over the link while decoding, everything included."""
-        return self.decode.misses * self.expert_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
+        return self.link_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
 
     @property
     def percent_of_ceiling(self) -> float | None:
@@ -244,6 +252,7 @@ class GenerationStats:
             f"experts {decode.hits + decode.misses} asked for, hit rate {decode.hit_rate:.1%}, "
             f"{decode.fetched} fetched, {decode.streamed} streamed",
             f"fetched {self.bytes_per_token / 1e6:.2f} MB a token, {self.fetched_gbps:.2f} GB/s{share}",
+            *(self.prefetch.lines(self.num_decode_tokens) if self.prefetch else []),
             *(self.drafts.lines() if self.drafts else []),
         ]
 
@@ -254,9 +263,11 @@ class GenerationStats:
             "tokens_per_s",
             "ms_per_step",
             "hit_rate",
+            "link_bytes",
             "bytes_per_token",
             "fetched_gbps",
             "percent_of_ceiling",
         )
         values = {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
-        return {**values, "drafts": self.drafts.to_dict() if self.drafts else None}
+        parts = {"drafts": self.drafts, "prefetch": self.prefetch}
+        return {**values, **{name: part.to_dict() if part else None for name, part in parts.items()}}

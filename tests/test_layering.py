@@ -31,11 +31,14 @@ ROWS = (
     ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats"),
 )
 PART_OF = {
+    "jmoe.announcement": "jmoe.engine",
     "jmoe.clock": "jmoe.engine",
     "jmoe.drafting": "jmoe.engine",
     "jmoe.completions": "jmoe.engine",
     "jmoe.generation": "jmoe.engine",
     "jmoe.loading": "jmoe.engine",
+    "jmoe.prefetching": "jmoe.engine",
+    "jmoe.prefetch_stats": "jmoe.stats",
     "jmoe.experts.prefetch_file": "jmoe.experts.prefetch",
     "jmoe.arguments": "jmoe.generate",
 }  # modules that are one unit with another

@@ -1,0 +1,55 @@
+"""What came over the link early, and how much of it was of use."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jmoe.experts.look_ahead import Prefetched
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefetchStats:
+    """Bytes that came before a router had asked: of experts that it then did (`useful`), or did not (`wasted`).
+
+    Useful bytes are part of what was fetched, which without a prefetch would have come later; wasted ones come on top.
+    """
+
+    useful_bytes: int = 0
+    wasted_bytes: int = 0
+
+    @classmethod
+    def read(cls, prefetched: Prefetched, row_bytes: int) -> "PrefetchStats":
+        """Of all layers, whose rows have so many bytes. Waits for the device."""
+        counts = prefetched.useful, prefetched.wasted
+        useful, wasted = (int(np.asarray(count, np.int64).sum()) * row_bytes for count in counts)
+        return cls(useful_bytes=useful, wasted_bytes=wasted)
+
+    def __add__(self, other: "PrefetchStats") -> "PrefetchStats":
+        return PrefetchStats(
+            useful_bytes=self.useful_bytes + other.useful_bytes, wasted_bytes=self.wasted_bytes + other.wasted_bytes
+        )
+
+    @property
+    def prefetched_bytes(self) -> int:
+        return self.useful_bytes + self.wasted_bytes
+
+    @property
+    def useful_share(self) -> float:
+        """Of what came early; 0 where nothing did."""
+        return self.useful_bytes / self.prefetched_bytes if self.prefetched_bytes else 0.0
+
+    def lines(self, num_tokens: int) -> list[str]:
+        """For people, by decoded token."""
+        useful, wasted, both = (
+            size / 1e6 / max(1, num_tokens) for size in (self.useful_bytes, self.wasted_bytes, self.prefetched_bytes)
+        )
+        return [
+            f"of that prefetched {both:.2f} MB a token: {useful:.2f} useful, {wasted:.2f} wasted "
+            f"({self.useful_share:.1%} useful)"
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        derived = {"prefetched_bytes": self.prefetched_bytes, "useful_share": self.useful_share}
+        return {**dataclasses.asdict(self), **derived}
