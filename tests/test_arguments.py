@@ -87,6 +87,46 @@ def test_draft_options_that_mean_nothing_are_refused(argv: list[str], message: s
         arguments.runtime_config(arguments.parse(argv), 1)
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {"prefetch": "off", "most_prefetched": 0}),
+        (["--prefetch", "lookahead"], {"prefetch": "lookahead", "prefetch_experts": 0.5, "most_prefetched": 1}),
+        (["--prefetch", "lookahead", "--prefetch-experts", "1.5"], {"prefetch_experts": 1.5, "most_prefetched": 2}),
+    ],
+)
+def test_prefetching(argv: list[str], expected: dict) -> None:
+    runtime = arguments.runtime_config(arguments.parse(argv), 1)
+    assert {name: getattr(runtime, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prefetch-experts", "1"], "and nothing is; add --prefetch lookahead"),
+        (
+            ["--prefetch", "lookahead", "--prefetch-experts", "0"],
+            "prefetch_experts=0.0 must be a number",
+        ),
+        (["--prefetch", "lookahead", "--prefetch-experts", "5"], "prefetch_experts=5.0 must be"),
+        (["--prefetch", "lookahead", "--prefetch-experts", "nan"], "prefetch_experts=nan must be"),
+        (["--prefetch", "lookahead", "--draft", "2"], "prefetch='lookahead' does not go with draft=2"),
+    ],
+)
+def test_prefetch_options_that_mean_nothing_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments.runtime_config(arguments.parse(argv), 1)
+
+
+def test_prefetching_in_a_runtime_file(tmp_path: Path) -> None:
+    file = tmp_path / "runtime.toml"
+    file.write_text('prefetch = "lookahead"\nprefetch_experts = 1\n', encoding="utf-8")
+    assert RuntimeConfig.from_toml(file) == RuntimeConfig(prefetch="lookahead", prefetch_experts=1)
+    file.write_text('prefetch = "on"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="prefetch='on' is not one of off, lookahead"):
+        RuntimeConfig.from_toml(file)
+
+
 def test_a_batch_holds_all_prompts_unless_told_otherwise() -> None:
     assert arguments.runtime_config(arguments.parse([]), 5).batch_size == 5
     assert arguments.runtime_config(arguments.parse(["--batch-size", "1"]), 5).batch_size == 1

@@ -13,7 +13,7 @@ from jmoe.convert import convert_hf
 from jmoe.model.families import trunk_shapes
 from jmoe.synthetic import write_synthetic
 from tools import bench_decode
-from tools.bench_decode import timing
+from tools.decode_table import timing
 
 TINY = Path(__file__).parents[1] / "configs" / "models" / "tiny.toml"
 SIZES = "--prompt-tokens 5 --new-tokens 11 --repeats 1 --max-seq-len 32 --decode-chunk 2 --layers 2".split()
@@ -136,3 +136,20 @@ def test_a_model_or_a_configuration_must_be_given(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         bench_decode.main([])
     assert "--model --config is required" in capsys.readouterr().err
+
+
+def test_a_row_for_each_amount_that_is_prefetched(bench) -> None:
+    amounts = ["--prefetch", "lookahead", "--prefetch-experts", "0", "1"]
+    plain, ahead = json.loads(bench("--shares", "0.25", "--no-reference", *amounts)[-1])["rows"]
+    assert (plain["prefetch"], plain["early_mb"], plain["wasted_mb"]) == (None, None, None)
+    assert ahead["prefetch"] == 1
+    assert ahead["hit_rate"] == plain["hit_rate"]
+    assert 0 < ahead["early_mb"] < plain["mb_per_token"]
+    assert ahead["mb_per_token"] == pytest.approx(plain["mb_per_token"] + ahead["wasted_mb"])
+
+
+def test_an_amount_without_a_prefetch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_decode.main(["--config", str(TINY), "--prefetch-experts", "1"])
+    assert stop.value.code == 2
+    assert "nothing is prefetched; add --prefetch lookahead" in capsys.readouterr().err

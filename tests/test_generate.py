@@ -135,6 +135,20 @@ def test_drafts_do_not_change_the_text_and_are_summed_up(run) -> None:
     assert report["runtime"]["draft"] == "auto"
 
 
+def test_a_prefetch_does_not_change_the_text_and_is_summed_up(run) -> None:
+    options = ["--prompt", "Hello", *PLENTY, "--temperature", "0.9"]
+    plain, _ = run(*options)
+    ahead, err = run(*options, "--prefetch", "lookahead")
+    assert ahead == plain
+    assert "prefetch of 0.5 experts a layer, at most " in err
+    assert "of that prefetched 0.0" in err
+    report = json.loads(run(*options, "--prefetch", "lookahead", "--prefetch-experts", "1", "--json")[0])
+    prefetch, plan = report["stats"]["prefetch"], report["plan"]
+    assert prefetch["useful_bytes"] + prefetch["wasted_bytes"] == prefetch["prefetched_bytes"] > 0
+    assert plan["prefetch_bytes"] > 0
+    assert report["runtime"]["prefetch_experts"] == 1
+
+
 def test_a_batch_is_labelled_and_is_its_prompts_one_by_one(run) -> None:
     alone = [run("--prompt", prompt, *PLENTY)[0] for prompt in ("Hello", "Another\nprompt", "x")]
     expected = "\n".join(["[1] Hello", alone[0] + "[2] Another prompt", alone[1] + "[3] x", alone[2]])

@@ -17,6 +17,7 @@ from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
 from jmoe.generation import Generation
 from jmoe.model.router import Routing
 from jmoe.prefetch_stats import PrefetchStats
+from jmoe.prefetching import prefetching_line
 from kernels_pallas.prefetch.arrivals import Arrivals
 from kernels_pallas.route.api import route
 from tests import models
@@ -184,6 +185,20 @@ def test_counts_and_results_are_those_of_plain_python(num_experts: int, num_rows
             if is_oracle and num_rows and any(before[n][expert] == NONE for expert in needed):
                 assert expected[0] > 0, "a missing expert of the routing is the best guess"
     assert len(seen) > (num_rows > 0), "now useful, now wasted"
+
+
+def line(**runtime) -> str:
+    made = engine(prefetch="lookahead", **runtime)
+    return prefetching_line(SMALL, made.runtime, made.plan)
+
+
+def test_what_the_engine_says() -> None:
+    assert line() == "prefetch of 0.5 experts a layer, at most 6.00 KiB a step, while attention runs"
+    assert "at most 24.00 KiB a step" in line(prefetch_experts=2)
+    assert line(batch_size=3).endswith(
+        "; not for 3 sequences together, which may ask for 6 experts of a layer of 2 slots"
+    )
+    assert line(expert_slots=E) == "prefetch: none is needed, every expert is resident"
 
 
 # Its parts

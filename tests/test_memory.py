@@ -75,6 +75,36 @@ def test_a_plan_by_hand() -> None:
     assert dataclasses.astuple(made.layout) == (2, 8, 5, 3)
 
 
+@pytest.mark.parametrize(("amount", "num_experts"), [(0.25, 1), (1.0, 1), (1.5, 2)])
+def test_a_prefetch_is_planned_for_twice(amount: float, num_experts: int) -> None:
+    """What came for a layer is in use while the next one's comes; it leaves fewer slots, and no room is left over."""
+    plain, ahead = plan(), plan(prefetch="lookahead", prefetch_experts=amount)
+    assert plain.prefetch_bytes == 0
+    assert ahead.prefetch_bytes == 2 * num_experts * LARGE.expert_bytes
+    assert ahead.device_bytes == plan_parts(ahead) <= ahead.device_limit_bytes < ahead.device_bytes + slot_bytes(LARGE)
+    assert "prefetch" in "\n".join(ahead.lines())
+    assert "prefetch" not in "\n".join(plain.lines())
+    assert ahead.to_dict()["prefetch_bytes"] == ahead.prefetch_bytes
+
+
+def plan_parts(made: MemoryPlan) -> int:
+    parts = made.trunk_bytes, made.slots_bytes, made.staging_bytes, made.kv_bytes, made.workspace_bytes
+    return sum(parts) + made.prefetch_bytes
+
+
+def test_where_all_experts_fit_no_memory_is_planned_for_a_prefetch() -> None:
+    made = plan(device=500 * GIB, prefetch="lookahead")
+    assert made.layout.all_resident
+    assert made.prefetch_bytes == 0
+
+
+def test_what_a_prefetch_needs_may_be_too_much() -> None:
+    fewest = plan(expert_slots=LARGE.num_experts_per_tok, prefetch="lookahead")
+    assert plan(device=fewest.device_bytes, prefetch="lookahead").layout == fewest.layout
+    with pytest.raises(ValueError, match=r"not enough device memory: .*, prefetch 18\.00 MiB"):
+        plan(device=fewest.device_bytes - 1, prefetch="lookahead")
+
+
 def test_exactly_enough_is_enough() -> None:
     fewest = plan(expert_slots=LARGE.num_experts_per_tok)
     assert plan(device=fewest.device_bytes).layout == fewest.layout

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools import profile_decode
-from tools.profile_decode import Kernel, report, scope_of, scopes, totals
+from tools.profile_decode import Kernel, busy_ns, report, scope_of, scopes, totals
 
 TINY = str(Path(__file__).parent.parent / "configs" / "models" / "tiny.toml")
 
@@ -42,6 +42,15 @@ def test_times_and_counts_are_of_a_step(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "2 steps, 5.0 us each, a kernel running in 4.5 us of them" in out
     assert json.loads(out.splitlines()[-1])["scopes"] == rows
+
+
+def test_kernels_beside_each_other_are_busy_once() -> None:
+    made = [
+        Kernel("a", "prefetch", 1000, 5000),
+        Kernel("b", "attention", 2000, 1000),
+        Kernel("c", "router", 5500, 1500),
+    ]
+    assert busy_ns([*made, Kernel("d", "admit", 9000, 10)]) == 6010
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,33 +2,37 @@
 
     python -m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat
     python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1
+    python -m tools.bench_decode --model path/to/checkpoint --prefetch lookahead --prefetch-experts 0 0.25 0.5 1
 
 Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
 on the device and no slots at all. A checkpoint continues real text, random weights random token ids, which they route
 as their scales make them (see `jmoe.synthetic`): so a figure of theirs means something only beside its hit rate.
 
-`link_gbps` and `percent_of_roofline` go by the bytes fetched and the link's ceiling in this run; `hbm_gbps` and
-`percent_of_hbm` by the weights that a step has to read from device memory (the trunk's without the embedding table, and
-every expert asked for), and a pass over device memory in this run.
+`link_gbps` and `percent_of_roofline` go by the bytes that crossed the link and the link's ceiling in this run;
+`hbm_gbps` and `percent_of_hbm` by the weights that a step has to read from device memory (the trunk's without the
+embedding table, and every expert asked for), and a pass over device memory in this run.
+
+`prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
+crossed the link), and `wasted_mb` what it did not. With --prefetch-experts 0 nothing comes early.
 """
 
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
-import math
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jmoe import checkpoint, memory, sources
-from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.config import ModelConfig, Prefetching, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.step import Steps, init_state
 from jmoe.engine import Engine, plan_for
@@ -38,8 +42,10 @@ from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import prompt_chunks
 from jmoe.loading import load_weights
+from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
+from tools.decode_table import print_row, timing
 from tools.random_weights import random_weights
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
@@ -66,11 +72,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true", help="leave out the row with no slots")
     parser.add_argument("--residency-policy", choices=POLICIES, help="default: the engine's")
+    parser.add_argument("--prefetch", choices=get_args(Prefetching), default="off", help="default: off")
+    parser.add_argument(
+        "--prefetch-experts", type=float, nargs="+", metavar="X", help="of each layer: a row each; default: 0.5"
+    )
     parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
     args = parser.parse_args(argv)
     if args.config and args.prompts:
         parser.error("argument --prompts: not allowed with --config, whose prompts are random token ids")
+    if args.prefetch_experts and args.prefetch == "off":
+        parser.error("argument --prefetch-experts: nothing is prefetched; add --prefetch lookahead")
     args.prompts = args.prompts or PROMPTS
+    args.prefetch_experts = (args.prefetch_experts or [0.5]) if args.prefetch != "off" else [0.0]
     return args
 
 
@@ -123,6 +136,7 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float, hbm_gbps
         "new_tokens": args.new_tokens,
         "temperature": args.temperature,
         "residency_policy": args.residency_policy or DEFAULT_POLICY,
+        "prefetch": args.prefetch,
     }
 
 
@@ -148,8 +162,9 @@ class Bench:
         print(f"weights: {weights.store.nbytes / 1e9:.1f} GB of experts pinned in {took:.1f} s", flush=True)
         return weights
 
-    def runtime(self, expert_slots: int) -> RuntimeConfig:
+    def runtime(self, expert_slots: int, prefetch_experts: float = 0.0) -> RuntimeConfig:
         args = self.args
+        ahead = {"prefetch": args.prefetch, "prefetch_experts": prefetch_experts} if prefetch_experts else {}
         return RuntimeConfig(
             expert_slots=expert_slots,
             staging_slots=args.staging_slots,
@@ -159,6 +174,7 @@ class Bench:
             residency_policy=args.residency_policy,
             implementation="reference" if args.no_kernels else None,
             measure_link=False,
+            **ahead,
         )
 
     def sampling(self, repeat: int) -> list[SamplingParams]:
@@ -170,11 +186,11 @@ class Bench:
             for n in range(args.batch_size)
         ]
 
-    def share(self, share: float) -> dict:
-        """Through the slots, with this share of each layer's experts in them."""
+    def share(self, share: float, prefetch_experts: float) -> dict:
+        """Through the slots, with this share of each layer's experts in them; of each layer so many come early."""
 
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
-        engine = Engine.start(self.config, self.runtime(slots), lambda: self.weights)
+        engine = Engine.start(self.config, self.runtime(slots, prefetch_experts), lambda: self.weights)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
@@ -189,20 +205,24 @@ class Bench:
         tokens = sum(run.num_decode_tokens for run in runs)
         row = timing([call for run in runs for call in run.decode_calls[1:]], self.args.batch_size)
         mean_ms = 1e3 * sum(run.decode_s for run in runs) / sum(run.num_decode_steps for run in runs)
-        missed_bytes = misses * self.config.expert_bytes
+        link_bytes = sum(run.link_bytes for run in runs)
+        early = sum((run.prefetch for run in runs if run.prefetch), PrefetchStats()) if prefetch_experts else None
         steps = sum(run.num_decode_steps for run in runs)
-        roof_ms = missed_bytes / steps / self.ceiling / 1e6
+        roof_ms = link_bytes / steps / self.ceiling / 1e6
         hbm_gbps = self.read_bytes((hits + misses) / steps) / mean_ms / 1e6
         peak, planned = memory.peak_device_bytes(), engine.plan.device_bytes
         return {
             "share": share,
+            "prefetch": prefetch_experts or None,
             "slots": slots,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
             **row,
             "mean_ms_per_step": mean_ms,
             "hit_rate": hits / (hits + misses),
-            "mb_per_token": missed_bytes / tokens / 1e6,
-            "link_gbps": missed_bytes / steps / mean_ms / 1e6,
+            "mb_per_token": link_bytes / tokens / 1e6,
+            "early_mb": early.useful_bytes / tokens / 1e6 if early else None,
+            "wasted_mb": early.wasted_bytes / tokens / 1e6 if early else None,
+            "link_gbps": link_bytes / steps / mean_ms / 1e6,
             "percent_of_roofline": 100 * roof_ms / mean_ms,
             "hbm_gbps": hbm_gbps,
             "percent_of_hbm": 100 * hbm_gbps / self.hbm_gbps,
@@ -251,45 +271,6 @@ class Bench:
         return {"share": "reference", "ttft_s": statistics.median(ttft[1:]), **timing(calls, batch)}
 
 
-def timing(calls: list[tuple[int, float]], batch_size: int) -> dict:
-    """ms a step over decode calls (the first of each generation left out): median, and the middle half's spread."""
-    if not calls:
-        raise ValueError("no decode call to time after the first; ask for more --new-tokens than --decode-chunk")
-    per_step = sorted(1e3 * seconds / steps for steps, seconds in calls)
-    last = len(per_step) - 1
-    low, high = per_step[math.floor(0.25 * last)], per_step[math.ceil(0.75 * last)]
-    median = statistics.median(per_step)
-    return {"ms_per_step": median, "ms_low": low, "ms_high": high, "tokens_per_s": batch_size * 1e3 / median}
-
-
-COLUMNS = (
-    ("share", "{}"),
-    ("ttft_s", "{:.3f}"),
-    ("ms_per_step", "{:.2f}"),
-    ("ms_low", "{:.2f}"),
-    ("ms_high", "{:.2f}"),
-    ("mean_ms_per_step", "{:.2f}"),
-    ("tokens_per_s", "{:.1f}"),
-    ("hit_rate", "{:.3f}"),
-    ("mb_per_token", "{:.1f}"),
-    ("link_gbps", "{:.1f}"),
-    ("percent_of_roofline", "{:.1f}"),
-    ("hbm_gbps", "{:.0f}"),
-    ("percent_of_hbm", "{:.1f}"),
-    ("peak_bytes", "{:.4g}"),
-    ("planned_bytes", "{:.4g}"),
-    ("first_run_s", "{:.1f}"),
-)
-
-
-def print_row(row: dict | None) -> None:
-    """The heading for None. A value that this row does not have, or this device does not count, is a dash."""
-    cells = [
-        name if row is None else "-" if row.get(name) is None else form.format(row[name]) for name, form in COLUMNS
-    ]
-    print("  ".join(cell.rjust(len(name)) for cell, (name, _) in zip(cells, COLUMNS, strict=True)), flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong with the model or the prompts."""
     args = parse(argv)
@@ -303,8 +284,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<36}{value}", flush=True)
     print_row(None)
     rows = []
-    for share in sorted(args.shares):
-        rows.append(bench.share(share))
+    for share, amount in itertools.product(sorted(args.shares), args.prefetch_experts):
+        rows.append(bench.share(share, amount))
         print_row(rows[-1])
         gc.collect()
     if not args.no_reference:

@@ -186,7 +186,7 @@ def _cycle(steps: SpeculativeSteps, params, store, state: DecodeState, draft_set
         hidden, cache, _ = decoder(tokens[:, n : n + 1], valid[:, :1], cache.lengths + 1, cache, experts, None)
         drafted.append(_probabilities(decoder.unembed(hidden[:, 0]), sampling))
     state = dataclasses.replace(state, cache=KVCache(cache.keys, cache.values, lengths))
-    hidden, state, routings = steps.steps.forward(decoder, store, state, tokens, valid, lengths + 1, admits=True)
+    hidden, state, routings, _ = steps.steps.forward(decoder, store, state, tokens, valid, lengths + 1, admits=True)
     counts = jnp.stack([tokens_of_experts(routing.expert_ids, draft_set.heat.shape[1]) for routing in routings])
     draft_set = draft.refresh(steps.draft, draft_set, counts.astype(jnp.float32), state.experts)
     wanted = [_probabilities(decoder.unembed(hidden[:, n]), sampling) for n in range(steps.max_draft_tokens)]

@@ -23,7 +23,7 @@ import numpy as np
 
 from jmoe import memory
 from jmoe.config import ModelConfig
-from jmoe.experts.layer import ResidentExperts
+from jmoe.experts.layer import Observed, ResidentExperts
 from jmoe.experts.residency import admit, init_residency
 from jmoe.model.decoder import build_decoder
 from jmoe.model.kv_cache import init_kv_cache
@@ -53,17 +53,12 @@ def record(
     layers = tuple(jax.device_put(layer, memory.device_sharding()) for layer in weights.store.layers)
 
     def step(params, layers, cache, token_ids, key):
-        experts = ResidentExperts(layers)
-
-        def recording(moe_layer, x, routing, carry):
-            y, _ = experts(moe_layer, x, routing, None)
-            return y, (*carry, routing.expert_ids)
-
+        experts, nothing = Observed(ResidentExperts(layers)), (None, ())
         decoder = build_decoder(config, params)
         valid = jnp.ones(token_ids.shape, bool)
-        hidden, cache, ids = decoder(token_ids, valid, cache.lengths + 1, cache, recording, ())
+        hidden, cache, (_, routings) = decoder(token_ids, valid, cache.lengths + 1, cache, experts, nothing)
         tokens = jax.random.categorical(key, decoder.unembed(hidden[:, 0]))
-        return cache, tokens[:, None].astype(jnp.int32), jnp.stack(ids)
+        return cache, tokens[:, None].astype(jnp.int32), jnp.stack([routing.expert_ids for routing in routings])
 
     jitted, key = jax.jit(step, donate_argnums=2), jax.random.key(seed)
     cache = init_kv_cache(config, batch_size, num_tokens)

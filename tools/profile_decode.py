@@ -1,7 +1,7 @@
 """Where the time of a decode step goes, kernel by kernel: python -m tools.profile_decode --config … --layers 12
 
 Runs decode calls under jax's profiler and adds up what the device did: time and kernels a step by the named scope of
-the code (attention, router, admit, fetch, experts, head, sample), the longest kernels, and how long none ran.
+the code (prefetch, attention, router, admit, fetch, experts, head, sample), the longest kernels, and how long none ran.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jmoe.engine import Engine
 from tools.random_weights import random_weights
 from tools.workload import Lengths, random_workload
 
-SCOPES = ("attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
+SCOPES = ("prefetch", "attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
 OTHER = "other"
 # A Pallas kernel has the name of its function, and this behind it.
 MOSAIC_SUFFIX = "_mosaic_gpu_kernel"
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, required=True, help="configs/models/*.toml; weights are random")
     parser.add_argument("--layers", type=int, help="number of decoder layers, if not the configuration's")
     parser.add_argument("--share", type=float, default=1.0, help="share of the experts that have a slot")
+    parser.add_argument("--prefetch-experts", type=float, metavar="X", help="of each layer; default: no prefetch")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=32, help="decode steps to profile")
@@ -89,6 +90,7 @@ def _run(options: argparse.Namespace) -> None:
         max_seq_len=options.prompt_tokens + 2 * options.steps + 2,
         decode_chunk=options.steps,
         measure_link=False,
+        **({"prefetch": "lookahead", "prefetch_experts": options.prefetch_experts} if options.prefetch_experts else {}),
     )
     engine = Engine.start(config, runtime, lambda: random_weights(config, "flat", 0))
     with tempfile.TemporaryDirectory() as scratch:
@@ -123,16 +125,14 @@ def compiled_text(engine: Engine) -> str:
     weights, batch = engine.weights, engine.plan.batch_size
     params = [SamplingParams(temperature=1.0, ignore_eos=True)] * batch
     state = engine.new_state(batch, [1] * batch)
-    lowered = Steps.decode.lower(
-        engine.steps,
-        weights.params,
-        weights.store,
-        state,
-        batch_sampling(params, ()),
-        jnp.asarray(1, jnp.int32),
-        capacity=engine.runtime.decode_chunk,
-        mode=sampling_mode(params),
-    )
+    one = jnp.asarray(1, jnp.int32)
+    inputs = engine.steps, weights.params, weights.store, state, batch_sampling(params, ()), one
+    static = {"capacity": engine.runtime.decode_chunk, "mode": sampling_mode(params)}
+    if engine.prefetch_rows:
+        most = engine.runtime.most_prefetched
+        lowered = Steps.decode_prefetching.lower(*inputs, one, prefetch_experts=most, **static)
+    else:
+        lowered = Steps.decode.lower(*inputs, **static)
     engine.give_back(state)
     return lowered.compile().as_text() or ""
 
@@ -178,7 +178,7 @@ def report(found: Sequence[Kernel], steps: int, longest: int) -> None:
         raise RuntimeError(f"{len(found)} kernels and {steps} steps in the trace; expected some: is there a GPU?")
     rows = totals(((kernel.scope, kernel) for kernel in found), steps)
     span_us = (max(k.start_ns + k.duration_ns for k in found) - min(k.start_ns for k in found)) / steps / 1e3
-    busy_us = sum(row["us"] for row in rows)
+    busy_us = busy_ns(found) / steps / 1e3
     print(f"{steps} steps, {span_us:.1f} us each, a kernel running in {busy_us:.1f} us of them")
     print(f"{'scope':<12}{'us/step':>10}{'kernels':>10}{'us each':>10}")
     for row in rows:
@@ -186,6 +186,16 @@ def report(found: Sequence[Kernel], steps: int, longest: int) -> None:
     for row in totals(((f"{kernel.scope} {kernel.name}", kernel) for kernel in found), steps)[:longest]:
         print(f"  {row['us']:>8.1f} us {row['count']:>6.1f} x {row['us'] / row['count']:>7.2f}  {row['name'][:100]}")
     print(json.dumps({"steps": steps, "span_us": span_us, "busy_us": busy_us, "scopes": rows}))
+
+
+def busy_ns(found: Sequence[Kernel]) -> float:
+    """How long one kernel or several together were running."""
+    busy, last = 0.0, 0.0
+    for kernel in sorted(found, key=lambda kernel: kernel.start_ns):
+        end = kernel.start_ns + kernel.duration_ns
+        busy += max(0.0, end - max(kernel.start_ns, last))
+        last = max(last, end)
+    return busy
 
 
 def totals(named: Iterable[tuple[str, Kernel]], steps: int) -> list[dict[str, Any]]:
