@@ -79,6 +79,34 @@ def test_activation_repeats_a_request_that_it_knows(sequences: list[Observation]
     np.testing.assert_array_equal([made["previous"], made["activation"]], np.ones((2, 3)))
 
 
+def test_before_attention_the_router_knows_all_if_attention_adds_nothing() -> None:
+    model, row = on_device(weights(CONFIG)), np.array(prompts(48, config=CONFIG), np.int32)
+    silent = {path: jnp.zeros_like(leaf) if "o_proj" in path else leaf for path, leaf in model.params.items()}
+    seen, oracle = (observe(CONFIG, params, model.store.layers, row) for params in (model.params, silent))
+    np.testing.assert_array_equal(prefetch_recall.of_after_experts([oracle], 2), np.ones(3))
+    assert (prefetch_recall.of_after_experts([seen], 2) < 1).all()
+
+
+@pytest.mark.parametrize("num_slots", [2, 5])
+def test_guesses_of_missing_experts_in_plain_python(sequences: list[Observation], num_slots: int) -> None:
+    predictor = prefetch.make_predictor(CONFIG, weights(CONFIG).params)
+    made = prefetch_recall.of_missing(predictor, sequences[:2], num_slots)
+    for layer in range(3):
+        slots, rights, missing, tokens = list(range(num_slots))[::-1], 0, 0, 0  # the last used is the last
+        for seen in sequences[:2]:
+            for n, (ids, logits) in enumerate(
+                zip(seen.expert_ids[layer].tolist(), seen.early_logits[layer], strict=True)
+            ):
+                guess = next(expert for expert in np.argsort(-logits, kind="stable") if expert not in slots)
+                rights += n > 0 and guess in ids
+                missing += n > 0 and bool(set(ids) - set(slots))
+                tokens += n > 0
+                slots = ([slot for slot in slots if slot not in ids] + ids)[-num_slots:]
+        assert (made["after_experts"][layer], made["missing"][layer]) == (rights / tokens, missing / tokens)
+    assert np.isnan(made["router"][0])
+    np.testing.assert_array_equal(made["hybrid"], made["router"])  # the plain router everywhere
+
+
 def test_nothing_to_measure(sequences: list[Observation]) -> None:
     with pytest.raises(ValueError, match="nothing to measure in 0 sequences"):
         prefetch_recall.num_choices([])
@@ -214,15 +242,23 @@ def test_from_texts_to_a_file_beside_the_checkpoint(
     assert calibration.default_vectors.shape == (3, 8, 32)
     assert printed[0] == "40 tokens teach, 40 decide, 80 are measured"
     assert printed[2] == "recall with 2 guesses for 2 experts"
-    assert printed[3].split()[:7] == "layer previous activation router default_vectors estimator hybrid".split()
+    expected = "layer previous activation router default_vectors estimator hybrid after_experts"
+    assert printed[3].split()[:8] == expected.split()
     assert [line.split()[0] for line in printed[4:7]] == ["0", "1", "2"]
-    assert printed[4].split()[3:] == ["-"] * 8
+    assert printed[4].split()[3:7] == printed[4].split()[8:] == ["-"] * 4
+    assert "how often the first guess that is not resident is right, with 4 slots (LRU)" in printed
     assert report["fingerprint"] == fingerprint
     assert report["recall"]["2"]["hybrid"][1:] == pytest.approx(calibration.recall[0], abs=1e-4)
     for name, row in report["recall"]["2"].items():
         pairs = zip(row, report["recall"]["4"][name], report["first_guess_right"][name], strict=True)
         for few, many, first in pairs:
             assert few is many is first is None or 0 <= first / 2 <= few <= many <= 1
+    assert list(report["first_missing_right"]) == ["2", "4"]
+    for rates in report["first_missing_right"].values():
+        assert list(rates) == ["missing", "router", "hybrid", "after_experts"]
+        assert all(
+            0 <= right <= missing for right, missing in zip(rates["after_experts"], rates["missing"], strict=True)
+        )
     checkpoint.read_config(model)  # which is none the worse for it
 
 
@@ -234,5 +270,8 @@ def test_what_is_wrong_is_said_before_anything_is_run(
     assert f"no directory {tmp_path / 'none'}; make it first" in capsys.readouterr().err
     assert calibrate_prefetch.main([*arguments, "--width", "0"]) == 2
     assert "width=0 must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        calibrate_prefetch.main([*arguments, "--slot-shares", "1"])
+    assert "--slot-shares have to be above 0 and below 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         calibrate_prefetch.main([*arguments, "--num-documents", "2"])

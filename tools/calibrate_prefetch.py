@@ -15,7 +15,11 @@ Prints recall, the share of a token's true experts among the guesses, by predict
   default_vectors  the same, after the default vectors of this layer's experts are added
   estimator        the same, after a small network corrected it; - for layers that have none
   hybrid           for each layer the best of the three before, as the deciding documents say
+  after_experts    the layer's own router on the residual stream before its attention: what the engine prefetches by
   … +2             two layers ahead
+
+Then, for each of --slot-shares, how often the best guess among the experts that are not resident is asked for, where
+that share of a layer's experts have slots and the least recently used give way: `missing` is how often any is missing.
 """
 
 import argparse
@@ -37,6 +41,7 @@ from jmoe.experts.prefetch_file import Calibration, file_beside
 from jmoe.tokenizer import load_tokenizer
 from jmoe.training.prefetch import EstimatorTraining, observe
 from jmoe.training.prefetch_calibration import Params, Split, calibrate, held_out_recall
+from jmoe.training.prefetch_recall import of_missing
 from tools.measure_routing import load_resident, read_documents
 
 
@@ -64,6 +69,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for field in dataclasses.fields(EstimatorTraining):
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=type(field.default), default=field.default, help=f"default: {field.default}")
+    parser.add_argument(
+        "--slot-shares", type=float, nargs="+", default=[0.25, 0.5], metavar="X", help="default: 0.25 0.5"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the converted checkpoint")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
@@ -71,6 +79,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stdlib-root is where --stdlib-held-out reads; give both, or --text alone")
     if options.tokens < 2 or options.num_documents < 3:
         parser.error("--tokens has to be 2 or more, and --num-documents 3 or more: to teach, to decide and to measure")
+    if not all(0 < share < 1 for share in options.slot_shares):
+        parser.error("--slot-shares have to be above 0 and below 1: where all are resident nothing is prefetched")
     return options
 
 
@@ -97,7 +107,8 @@ def _run(options: argparse.Namespace) -> None:
             estimate_below=options.estimate_below,
             progress=bar.update,
         )
-    report = {"model": str(path), "documents": list(documents), **figures(config, params, calibration, split)}
+    found = figures(config, params, calibration, split, options.slot_shares)
+    report = {"model": str(path), "documents": list(documents), **found}
     print(*_lines(report), sep="\n")
     calibration.save(output)
     print(f"{output}: written, {output.stat().st_size} bytes")
@@ -110,10 +121,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def figures(config: ModelConfig, params: Params, calibration: Calibration, split: Split) -> dict[str, Any]:
+def figures(
+    config: ModelConfig, params: Params, calibration: Calibration, split: Split, slot_shares: Sequence[float]
+) -> dict[str, Any]:
     """Recall by number of guesses and predictor, a number or None (no prediction) for each MoE layer.
 
-    `first_guess_right` is how often the best guess is one of the true experts.
+    `first_guess_right` is how often the best guess is one of the true experts, `first_missing_right` how often the best
+    that is not resident is, by the number of slots.
     """
     predictor, num_active = calibration.predictor(config, params), config.num_experts_per_tok
     counts = sorted({num_active, min(2 * num_active, config.num_experts)})
@@ -127,6 +141,10 @@ def figures(config: ModelConfig, params: Params, calibration: Calibration, split
         "moe_layers": config.moe_layers,
         "methods": calibration.methods,
         "first_guess_right": {name: _numbers(row * num_active) for name, row in first.items()},
+        "first_missing_right": {
+            str(count): {name: _numbers(row) for name, row in of_missing(predictor, split.held_out, count).items()}
+            for count in sorted({max(num_active, round(share * config.num_experts)) for share in slot_shares})
+        },
         "recall": {count: {name: _numbers(row) for name, row in made.items()} for count, made in rates.items()},
     }
 
@@ -143,6 +161,9 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         lines += ["", f"recall with {count} guesses for {report['num_experts_per_tok']} experts"]
         lines += _table(rates, layers)
     lines += ["", "how often the first guess is right", *_table(report["first_guess_right"], layers), ""]
+    for count, rates in report["first_missing_right"].items():
+        lines += [f"how often the first guess that is not resident is right, with {count} slots (LRU)"]
+        lines += [*_table(rates, layers), ""]
     for n, methods in enumerate(report["methods"], start=1):
         used = ", ".join(f"{layer} {method}" for layer, method in zip(layers, methods, strict=False))
         lines.append(f"{n} ahead, hybrid is, by the layer that predicts: {used}")

@@ -26,7 +26,8 @@ from jmoe.model.router import Routing
 class Observation:
     """What the L MoE layers saw and chose, of N tokens of one or several sequences, in order.
 
-    `residuals` are r_l: what the norm before the router gets. `output_sums` adds up each expert's output over the
+    `residuals` are r_l: what the norm before the router gets. `early_logits` are what the router would have said before
+    the layer's attention. `output_sums` adds up each expert's output over the
     tokens that chose it, unweighted, float32; `num_chosen` counts them.
     """
 
@@ -34,6 +35,7 @@ class Observation:
     expert_ids: Int[Array, "L N A"]
     combine_weights: Float[Array, "L N A"]
     logits: Float[Array, "L N E"]
+    early_logits: Float[Array, "L N E"]
     output_sums: Float[Array, "L E D"]
     num_chosen: Int[Array, "L E"]
 
@@ -65,17 +67,21 @@ def observe(
             else:
                 routing, moe_layer = layer.router(rows), config.moe_layers.index(n)
                 added, _ = experts(moe_layer, rows, routing, None)
-                seen.append(_seen(residual[0], routing, rows, expert_layers[moe_layer]))
+                early = layer.router.logits(layer.post_attention_norm(x)[0])
+                seen.append(_seen(residual[0], routing, early, rows, expert_layers[moe_layer]))
             x = residual + added[None]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
 
 
-def _seen(residual, routing: Routing, rows: Float[Array, "T D"], experts: Float[Array, "E 3 F D"]) -> Observation:
+def _seen(
+    residual, routing: Routing, early_logits, rows: Float[Array, "T D"], experts: Float[Array, "E 3 F D"]
+) -> Observation:
     every = jnp.arange(experts.shape[0]).reshape(1, 1, -1)
     chosen = jnp.any(routing.expert_ids[:, :, None] == every, axis=1)  # [T, E]
     sums = output_sums(rows, experts, chosen)
     counts = jnp.sum(chosen, axis=0, dtype=jnp.int32)
-    return Observation(residual, routing.expert_ids, routing.combine_weights, routing.logits, sums, counts)
+    chosen_by = routing.expert_ids, routing.combine_weights, routing.logits
+    return Observation(residual, *chosen_by, early_logits, sums, counts)
 
 
 def output_sums(rows: Float[Array, "T D"], experts: Float[Array, "E 3 F D"], chosen) -> Float[Array, "E D"]:
@@ -95,7 +101,7 @@ def join(observations: Sequence[Observation]) -> Observation:
     if not observations:
         raise ValueError("no observations to join; observe at least one sequence")
     observations = [jax.device_get(observation) for observation in observations]
-    rows = ("residuals", "expert_ids", "combine_weights", "logits")
+    rows = ("residuals", "expert_ids", "combine_weights", "logits", "early_logits")
     sums = ("output_sums", "num_chosen")
     joined: dict[str, Any] = {name: np.concatenate([getattr(o, name) for o in observations], axis=1) for name in rows}
     joined |= {name: np.sum([getattr(o, name) for o in observations], axis=0) for name in sums}

@@ -22,7 +22,7 @@ from jmoe.experts.prefetch import (
 )
 from jmoe.experts.prefetch_file import Calibration
 from jmoe.training.prefetch import EstimatorTraining, Observation, default_vectors, join, train_estimators
-from jmoe.training.prefetch_recall import Rates, choose, of_lookahead, of_the_past
+from jmoe.training.prefetch_recall import Rates, choose, of_after_experts, of_lookahead, of_the_past
 
 Params = Mapping[str, Array]
 Measured = dict[tuple[Method, int], np.ndarray]  # recall by method and distance, [L] by predicted layer
@@ -86,6 +86,8 @@ def held_out_recall(predictor: Predictor, split: Split, num_guesses: int) -> Rat
         suffix = f" +{n}" if n > 1 else ""
         rates |= {f"{method}{suffix}": measured[method, n] for method in METHODS}
         rates[f"hybrid{suffix}"] = of_lookahead(predictor, split.held_out, num_guesses, n)
+        if n == 1:
+            rates["after_experts"] = of_after_experts(split.held_out, num_guesses)
     return rates
 
 

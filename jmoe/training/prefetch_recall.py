@@ -3,6 +3,7 @@
 A sequence's first token is never scored: what guesses from the past knows nothing of it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +19,7 @@ from jmoe.experts.prefetch import (
     Method,
     Methods,
     Predictor,
+    everywhere,
     from_activation,
     predicted_logits,
     recency,
@@ -67,6 +69,68 @@ def num_choices(sequences: Sequence[Observation]) -> int:
     if not total:
         raise ValueError(f"nothing to measure in {len(sequences)} sequences; expected one of 2 tokens or more")
     return total
+
+
+# The layer's own router, before its attention.
+
+
+def of_after_experts(sequences: Sequence[Observation], num_guesses: int) -> np.ndarray:
+    """Recall by layer, [L], of what its router says once the layers before are done: what the engine prefetches by."""
+    pairs = [zip(seen.early_logits, seen.expert_ids, strict=True) for seen in sequences]
+    found = [[int(num_found(logits[1:], ids[1:], num_guesses)) for logits, ids in layers] for layers in pairs]
+    return np.sum(found, axis=0) / num_choices(sequences)
+
+
+# Guesses among what is not resident.
+
+
+def of_missing(predictor: Predictor, sequences: Sequence[Observation], num_slots: int) -> Rates:
+    """How often, with so many slots a layer and LRU, the best guess of those that are not resident is asked for.
+
+    That is what a prefetch of one expert sees. `missing` is how often any expert is missing: what an oracle gets. The
+    slots begin with the first experts, and are kept from sequence to sequence.
+    """
+    num_layers, num_experts = sequences[0].logits.shape[0], sequences[0].logits.shape[-1]
+    last_use = jnp.tile(-jnp.arange(num_experts, dtype=jnp.int32), (num_layers, 1))
+    totals: dict[str, np.ndarray] = {}
+    for seen in sequences:
+        used, scores = used_experts(seen), _scores_of_each(predictor, seen)
+        last_use, counts = _replay(last_use, used, scores, num_slots)
+        totals = {name: totals.get(name, 0) + np.asarray(count) for name, count in counts.items()}
+    num_tokens = sum(seen.logits.shape[1] - 1 for seen in sequences)
+    rates = {name: count / num_tokens for name, count in totals.items()}
+    ahead = {name: np.where(np.arange(num_layers) == 0, np.nan, rates[name]) for name in AHEAD}
+    return {"missing": rates["missing"], **ahead, "after_experts": rates["after_experts"]}
+
+
+AHEAD = ("router", "hybrid")  # predict the next layer, and so none for the first
+
+
+def _scores_of_each(predictor: Predictor, seen: Observation) -> dict[str, Float[Array, "T L E"]]:
+    plain = dataclasses.replace(predictor, methods=everywhere("router", predictor.num_layers))
+    scores = {"after_experts": jnp.swapaxes(jnp.asarray(seen.early_logits, jnp.float32), 0, 1)}
+    for name, made in zip(AHEAD, (plain, predictor), strict=True):
+        layers = [_lookahead(made, n, 1, seen.residuals[n], seen.routing(n)) for n in range(predictor.num_layers - 1)]
+        scores[name] = jnp.stack([jnp.zeros(seen.logits.shape[1:]), *layers], axis=1)
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("num_slots",))
+def _replay(last_use: Int[Array, "L E"], used: Int[Array, "T L E"], scores: dict[str, Array], num_slots: int):
+    """The last uses afterwards, all different, and [L] by name for how many tokens but the first a guess was right."""
+
+    def step(last_use, token):
+        used, scores = token
+        resident = last_use >= jax.lax.top_k(last_use, num_slots)[0][:, -1:]  # the latest used
+        hits = {"missing": jnp.any((used > 0) & ~resident, axis=1)}
+        for name, score in scores.items():
+            guess = jnp.argmax(jnp.where(resident, -jnp.inf, score), axis=1)
+            hits[name] = jnp.take_along_axis(used, guess[:, None], axis=1)[:, 0] > 0
+        now = jnp.max(last_use) + 1 + jnp.arange(used.shape[1], dtype=jnp.int32)
+        return jnp.where(used > 0, now[None], last_use), hits
+
+    last_use, hits = jax.lax.scan(step, last_use, (used, scores))
+    return last_use, {name: jnp.sum(hit[1:], axis=0) for name, hit in hits.items()}
 
 
 # Guesses from the past.
