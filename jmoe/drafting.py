@@ -3,7 +3,8 @@
 import jax
 
 from jmoe.config import RuntimeConfig
-from jmoe.decoding.draft_choice import Choice, DraftChooser
+from jmoe.decoding.contest import Choice
+from jmoe.decoding.draft_choice import draft_chooser
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import Steps
 from jmoe.experts.draft import DraftConfig
@@ -20,7 +21,7 @@ class Drafting:
     def __init__(self, steps: SpeculativeSteps, draft: str | int, distances: jax.Array | None = None):
         self.steps, self.distances = steps, distances
         self._fixed = Choice(draft) if isinstance(draft, int) else None
-        self._chooser = DraftChooser(steps.max_draft_tokens)
+        self._chooser = draft_chooser(steps.max_draft_tokens)
 
     @property
     def has_plain_steps(self) -> bool:
@@ -34,7 +35,7 @@ class Drafting:
     def record(self, num_sequences: int, call: DecodeCalls) -> None:
         """Learns from a call that began with so many sequences, if there is anything to choose."""
         if self._fixed is None:
-            self._chooser.record(num_sequences, call)
+            self._chooser.record(num_sequences, call.num_draft_tokens, call)
 
     def num_cycles(self, decode_chunk: int) -> int:
         """The most cycles of a call: as many as may produce `decode_chunk` tokens, and one at least."""

@@ -12,7 +12,7 @@ import numpy as np
 from jmoe import prefetching
 from jmoe.clock import Clock
 from jmoe.completions import Completion, Delta, PromptInProgress
-from jmoe.decoding.draft_choice import Choice
+from jmoe.decoding.contest import Choice
 from jmoe.decoding.emitted import Emitted, Routed
 from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.speculative import Verified
@@ -183,7 +183,7 @@ class _Batch:
     def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
         weights, steps = self.engine.weights, drafting.steps
         draft_set = self._draft_set or steps.start(self.state.experts, drafting.distances)
-        numbers = (jnp.asarray(number, jnp.int32) for number in (choice.num_draft_tokens, num_cycles))
+        numbers = (jnp.asarray(number, jnp.int32) for number in (choice.number, num_cycles))
         self.state, self._draft_set, verified = steps.decode(
             weights.params,
             weights.store,
@@ -210,7 +210,7 @@ class _Batch:
     def decode(self) -> Iterator[Delta]:
         """One call of a jitted step: plain steps, or cycles."""
         choice = self.drafting.choose(self._num_active) if self.drafting else Choice(0)
-        if self.drafting and choice.num_draft_tokens:
+        if self.drafting and choice.number:
             yield from self._decode_drafted(self.drafting, choice)
         else:
             yield from self._decode_plain()
@@ -236,7 +236,7 @@ class _Batch:
         names = ("num_verifications", "proposed", "accepted")
         counts = {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
         took = time.perf_counter() - start
-        self._count(choice.num_draft_tokens, int(verified.num_cycles), took, experts, counts)
+        self._count(choice.number, int(verified.num_cycles), took, experts, counts)
         yield from self._hand_out(verified.token_ids, verified.logprobs, done)
 
     def _counters(self) -> Counters | None:
@@ -262,7 +262,7 @@ class _Batch:
     def _num_steps(self, choice: Choice, capacity: int) -> int:
         """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches."""
         capacity = min(capacity, choice.num_steps or capacity)
-        step_s = self._step_s.get(choice.num_draft_tokens)
+        step_s = self._step_s.get(choice.number)
         return capacity if not self.clock.is_live else 1 if step_s is None else min(capacity, _fitting(step_s))
 
     def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray, done: np.ndarray) -> Iterator[Delta]:

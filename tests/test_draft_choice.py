@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from jmoe.decoding.draft_choice import LEAST_CYCLES, PROOF, SHARE, Choice, DraftChooser, acceptance_of
+from jmoe.decoding.contest import LEAST_CYCLES, SHARE, Choice, Chooser
+from jmoe.decoding.draft_choice import PROOF, acceptance_of, draft_chooser
 from jmoe.stats import DecodeCalls, ExpertCounts
 
 CHUNK = 6  # cycles of a call; 32 plain steps
@@ -27,14 +28,14 @@ class World:
         self.random = random.Random(self.seed)
         self.seconds, self.tokens, self.steps = 0.0, 0, dict[int, int]()
 
-    def decode(self, chooser: DraftChooser, num_tokens: int) -> "World":
+    def decode(self, chooser: Chooser, num_tokens: int) -> "World":
         """So many tokens for each sequence."""
         end = self.tokens + num_tokens * self.batch
         while self.tokens < end:
             choice = chooser.choose(self.batch)
-            most = CHUNK if choice.num_draft_tokens else 32
-            call = self.call(choice.num_draft_tokens, min(choice.num_steps or most, most))
-            chooser.record(self.batch, call)
+            most = CHUNK if choice.number else 32
+            call = self.call(choice.number, min(choice.num_steps or most, most))
+            chooser.record(self.batch, choice.number, call)
         return self
 
     def call(self, number: int, count: int) -> DecodeCalls:
@@ -70,9 +71,9 @@ class World:
 
 
 def test_the_numbers_end_with_the_most() -> None:
-    assert [DraftChooser(most).numbers for most in (1, 2, 4, 6)] == [(0, 1), (0, 1, 2), (0, 1, 2, 4), (0, 1, 2, 4, 6)]
+    assert [draft_chooser(most).numbers for most in (1, 2, 4, 6)] == [(0, 1), (0, 1, 2), (0, 1, 2, 4), (0, 1, 2, 4, 6)]
     with pytest.raises(ValueError, match="draft tokens=0 must be at least 1"):
-        DraftChooser(0)
+        draft_chooser(0)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
@@ -80,7 +81,7 @@ def test_the_numbers_end_with_the_most() -> None:
 @pytest.mark.parametrize(("token_s", "verify_s", "accepts"), [(0.6, 0.4, 0.3), (1.0, 1.0, 0.0), (0.3, 0.2, 0.4)])
 def test_where_drafts_lose_it_costs_a_percent(batch, num_tokens, token_s, verify_s, accepts) -> None:
     for seed in range(3):
-        world = World(token_s, verify_s, accepts, batch, seed=seed).decode(chooser := DraftChooser(4), num_tokens)
+        world = World(token_s, verify_s, accepts, batch, seed=seed).decode(chooser := draft_chooser(4), num_tokens)
         lost = chooser.contest(batch).lost_s
         last = LEAST_CYCLES * (token_s + verify_s) * 4 * 1.3  # one try that cost more than was expected
         assert lost <= SHARE * world.seconds + last
@@ -91,13 +92,13 @@ def test_where_drafts_lose_it_costs_a_percent(batch, num_tokens, token_s, verify
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize(("token_s", "verify_s", "accepts"), [(0.05, 0.02, 0.5), (0.02, 0.0, 0.9), (0.3, 0.05, 0.7)])
 def test_where_drafts_gain_it_finds_them(batch, token_s, verify_s, accepts) -> None:
-    world = World(token_s, verify_s, accepts, batch).decode(chooser := DraftChooser(4), 4096)
+    world = World(token_s, verify_s, accepts, batch).decode(chooser := draft_chooser(4), 4096)
     assert world.seconds < 0.98 * world.plain_s
     assert world.seconds < 1.15 * world.best_s(chooser.numbers)
 
 
 def test_what_it_learned_is_there_for_the_next_generation() -> None:
-    chooser = DraftChooser(4)
+    chooser = draft_chooser(4)
     World(0.02, 0.0, 0.9).decode(chooser, 2048)
     again = World(0.02, 0.0, 0.9, seed=1).decode(chooser, 256)
     assert again.seconds < 1.15 * again.best_s(chooser.numbers)
@@ -105,7 +106,7 @@ def test_what_it_learned_is_there_for_the_next_generation() -> None:
 
 
 def test_each_number_of_sequences_is_its_own_contest() -> None:
-    chooser = DraftChooser(4)
+    chooser = draft_chooser(4)
     World(0.02, 0.0, 0.9, batch=1).decode(chooser, 2048)
     World(0.8, 0.8, 0.1, batch=64).decode(chooser, 512)
     assert chooser.contest(1).best > 0
@@ -116,27 +117,27 @@ def test_each_number_of_sequences_is_its_own_contest() -> None:
 
 
 def test_the_first_try_waits_until_it_can_be_paid() -> None:
-    chooser, world = DraftChooser(4), World(0.5, 0.5, 0.0, noise=0.0)
-    while (choice := chooser.choose(1)).num_draft_tokens == 0:
-        chooser.record(1, world.call(0, 1))
+    chooser, world = draft_chooser(4), World(0.5, 0.5, 0.0, noise=0.0)
+    while (choice := chooser.choose(1)).number == 0:
+        chooser.record(1, 0, world.call(0, 1))
     expected = LEAST_CYCLES * 0.5 / SHARE  # a drafted token is expected to cost half a step
     assert world.steps[0] == pytest.approx(expected, abs=1)
     assert choice == Choice(1, LEAST_CYCLES)
-    chooser.record(1, world.call(1, LEAST_CYCLES))
+    chooser.record(1, 1, world.call(1, LEAST_CYCLES))
     assert chooser.contest(1).lost_s == pytest.approx(LEAST_CYCLES)
     for _ in range(95):  # what it cost more than expected is paid back by waiting
         assert chooser.choose(1) == Choice(0)
-        chooser.record(1, world.call(0, 1))
+        chooser.record(1, 0, world.call(0, 1))
 
 
 def test_what_lost_waits_twice_as_long_each_time() -> None:
     world = World(0.6, 0.6, 0.1, noise=0.0)
-    chooser, tries = DraftChooser(1), []
+    chooser, tries = draft_chooser(1), []
     for _ in range(20_000):
         choice = chooser.choose(1)
-        if choice.num_draft_tokens:
+        if choice.number:
             tries.append(world.seconds)
-        chooser.record(1, world.call(choice.num_draft_tokens, 1))
+        chooser.record(1, choice.number, world.call(choice.number, 1))
     begins = [later for before, later in zip([0.0, *tries], tries, strict=False) if later > 1.5 * before]
     assert 3 <= len(begins) <= 12
     assert world.steps[1] < 0.006 * 20_000
@@ -144,7 +145,7 @@ def test_what_lost_waits_twice_as_long_each_time() -> None:
 
 def test_another_hit_rate_is_another_time() -> None:
     """Drafts that lost while experts were few win when they are many: long before the waiting would have ended."""
-    chooser = DraftChooser(4)
+    chooser = draft_chooser(4)
     World(0.9, 0.5, 0.1, hit_rate=0.2).decode(chooser, 3000)
     assert chooser.contest(1).best == 0
     later = World(0.05, 0.02, 0.6, hit_rate=0.8, seed=1).decode(chooser, 1500)
@@ -153,7 +154,7 @@ def test_another_hit_rate_is_another_time() -> None:
 
 
 def test_a_best_that_fell_behind_gives_way_to_plain_steps() -> None:
-    chooser = DraftChooser(2)
+    chooser = draft_chooser(2)
     World(0.05, 0.02, 0.6).decode(chooser, 2000)
     assert chooser.contest(1).best > 0
     worse = World(0.9, 0.6, 0.2, seed=1).decode(chooser, 2000)
@@ -163,13 +164,13 @@ def test_a_best_that_fell_behind_gives_way_to_plain_steps() -> None:
 
 def test_luck_is_no_proof() -> None:
     """A few verified sequences that accepted everything make nothing the best."""
-    chooser, world = DraftChooser(1), World(0.02, 0.02, 1.0, noise=0.0)
-    chooser.record(1, world.call(0, 200))
+    chooser, world = draft_chooser(1), World(0.02, 0.02, 1.0, noise=0.0)
+    chooser.record(1, 0, world.call(0, 200))
     proved = 0
     while chooser.contest(1).best == 0:
         choice = chooser.choose(1)
-        assert choice.num_draft_tokens == 1, "what gains so far is tried on"
-        chooser.record(1, world.call(1, 1))
+        assert choice.number == 1, "what gains so far is tried on"
+        chooser.record(1, 1, world.call(1, 1))
         proved += 1
     assert proved == PROOF
 

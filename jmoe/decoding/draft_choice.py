@@ -1,214 +1,38 @@
-"""How many tokens to draft at a time, decided by measurement: plain steps against cycles that draft more or fewer.
+"""How many tokens to draft at a time: plain steps against cycles that draft more or fewer (`jmoe.decoding.contest`).
 
-What counts is the pace: tokens that a sequence gets in a second. The best number known so far decodes; now and then
-another is tried, in a call of a few cycles. What tries may cost is bounded by their design:
-
-- A try's loss is its time less the time that the best needed for as many tokens. A try is made only while the losses
-  so far and the one expected of it stay below `SHARE` of the decode time so far. So all tries together lose no more
-  than that share, plus what the last one cost beyond what was expected of it: which is paid back by waiting, since
-  losses count as measured. Decoding starts with plain steps, and the first try waits for them.
-- What is expected of a number that was never tried: that each drafted token costs half a plain step (it fetches
-  nothing) and none is accepted; once another number was tried, what that one's drafted tokens cost and its acceptance.
-  While less than `PROOF` sequences were verified, the others count as if they had accepted nothing.
-- A number that lost waits until twice the time has been decoded: tries become rare exponentially. A changed hit rate
-  ends the waiting, not the accounting.
-- A number becomes the best only after `PROOF` verified sequences, and `MARGIN` better than the last; it gives way to
-  plain steps as soon as its own recent pace falls below theirs. What it lost by then counts as a try's.
-
-All of this is kept by how many sequences are decoded together, in powers of two, since what is fastest depends on it.
+What is expected of a number that was never tried: that each drafted token costs half a plain step (it fetches nothing)
+and none is accepted; once another number was tried, what that one's drafted tokens cost and its acceptance. While less
+than `PROOF` sequences were verified, the others count as if they had accepted nothing.
 """
 
-import dataclasses
-import math
+from collections.abc import Mapping
 
-from jmoe.stats import DecodeCalls
+from jmoe.decoding.contest import Chooser, Pace
 
-SHARE = 0.01  # of the decode time, that may be lost by trying
 PROOF = 16  # sequences verified
-MARGIN = 1.02
-HOPELESS = 0.8  # of the best pace: no need of proof
-MEMORY = 0.9  # of a pace, from one call to the next
-LEAST_CYCLES = 2  # of a try: the first after plain steps has the worst drafts
-OTHER_HITS = 0.1  # hit rates that differ by so much are of different times
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """`num_steps` is the most cycles to do in the next call; None leaves it to the caller."""
-
-    num_draft_tokens: int
-    num_steps: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """Sums over calls with the same number of drafted tokens, older ones faded; `proof` is not."""
-
-    seconds: float
-    cycles: float
-    tokens: float
-    verifications: float
-    hits: float
-    asked: float
-    proof: int
-
-    @classmethod
-    def of(cls, call: DecodeCalls) -> "Pace":
-        hits, verifications = call.experts.hits, call.num_verifications
-        asked = hits + call.experts.misses
-        return cls(call.seconds, call.num_steps, call.num_tokens, verifications, hits, asked, verifications)
-
-    def and_then(self, call: DecodeCalls) -> "Pace":
-        new = Pace.of(call)
-        sums = {
-            field.name: MEMORY * getattr(self, field.name) + getattr(new, field.name)
-            for field in dataclasses.fields(self)
-        }
-        return Pace(**{**sums, "proof": self.proof + new.proof})
-
-    @property
-    def cycle_s(self) -> float:
-        return self.seconds / self.cycles
-
-    @property
-    def mean_accepted(self) -> float:
-        """Tokens that a verification yields."""
-        return self.tokens / self.verifications
-
-    @property
-    def careful_mean_accepted(self) -> float:
-        """The same, as if the verifications that are missing to a proof had accepted nothing."""
-        missing = max(0, PROOF - self.proof)
-        return (self.tokens + missing) / (self.verifications + missing)
-
-    @property
-    def rate(self) -> float:
-        """Tokens a sequence a second."""
-        return self.mean_accepted / self.cycle_s
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / self.asked if self.asked else 1.0
+def draft_chooser(most: int) -> Chooser:
+    """Among 0, 1, 2, 4 … `most` drafted tokens. Raises ValueError for less than one."""
+    if most < 1:
+        raise ValueError(f"draft tokens={most} must be at least 1; 0 is plain decoding")
+    numbers = (0, *(2**n for n in range(most.bit_length()) if 2**n < most), most)
+    return Chooser(numbers, expected_cycle, PROOF)
 
 
-class DraftChooser:
-    """Chooses among 0, 1, 2, 4 … `most` drafted tokens, and remembers what it measured. See the module's text."""
-
-    def __init__(self, most: int):
-        if most < 1:
-            raise ValueError(f"draft tokens={most} must be at least 1; 0 is plain decoding")
-        self.numbers = (0, *(2**n for n in range(most.bit_length()) if 2**n < most), most)
-        self._contests: dict[int, Contest] = {}
-
-    def contest(self, num_sequences: int) -> "Contest":
-        """What is known about so many sequences together."""
-        return self._contests.setdefault((num_sequences - 1).bit_length(), Contest(self.numbers))
-
-    def choose(self, num_sequences: int) -> Choice:
-        """For the next call, of so many sequences."""
-        return self.contest(num_sequences).choose(num_sequences)
-
-    def record(self, num_sequences: int, call: DecodeCalls) -> None:
-        """Learns from a call that began with so many sequences."""
-        if call.num_steps:
-            self.contest(num_sequences).record(call)
-
-
-class Contest:
-    """The numbers of drafted tokens against each other, for one number of sequences."""
-
-    def __init__(self, numbers: tuple[int, ...]):
-        self.numbers = numbers
-        self.best = 0
-        self.seconds = 0.0  # decoded so far
-        self.lost_s = 0.0  # by trying
-        self._paces: dict[int, Pace] = {}
-        self._waits_until = dict.fromkeys(numbers, 0.0)  # in decoded seconds
-        self._is_over = dict.fromkeys(numbers, True)  # whether the next call of it begins a new try
-        self._behind_s = 0.0  # what the best lost against plain steps since it is the best; below 0 it gained
-        self._usual_hits = 1.0
-
-    def choose(self, num_sequences: int) -> Choice:
-        if self.best not in self._paces:
-            return Choice(self.best)
-        others = [n for n in self.numbers if n != self.best and self._waits_until[n] <= self.seconds]
-        for number in sorted(others, key=lambda n: -self._expected_rate(n)):
-            if cycles := self._affordable(number, num_sequences):
-                return Choice(number, cycles)
-        return Choice(self.best)
-
-    def record(self, call: DecodeCalls) -> None:
-        number = call.num_draft_tokens
-        self.seconds += call.seconds
-        if number == self.best:
-            self._record_best(call)
-        else:
-            self._record_try(call)
-        if abs(self._paces[self.best].hit_rate - self._usual_hits) > OTHER_HITS:
-            self._usual_hits = self._paces[self.best].hit_rate
-            self._waits_until = dict.fromkeys(self.numbers, 0.0)
-
-    def _record_best(self, call: DecodeCalls) -> None:
-        known = self._paces.get(self.best)
-        self._paces[self.best] = pace = known.and_then(call) if known else Pace.of(call)
-        if known is None:
-            self._usual_hits = pace.hit_rate
-        if self.best != 0:
-            plain = self._paces[0]
-            self._behind_s += _loss_s(call, plain.rate)
-            if pace.rate < plain.rate:
-                self.lost_s += max(0.0, self._behind_s)
-                self._give_up(self.best)
-                self._crown(0)
-
-    def _record_try(self, call: DecodeCalls) -> None:
-        number, best = call.num_draft_tokens, self._paces[self.best]
-        self.lost_s += max(0.0, _loss_s(call, best.rate))
-        self._paces[number] = Pace.of(call) if self._is_over[number] else self._paces[number].and_then(call)
-        pace, self._is_over[number] = self._paces[number], False
-        is_proven = pace.proof >= PROOF
-        if pace.rate > MARGIN * best.rate and is_proven:
-            self._give_up(self.best)
-            self._crown(number)
-        elif is_proven or pace.rate < HOPELESS * best.rate:
-            self._give_up(number)
-
-    def _crown(self, number: int) -> None:
-        self.best, self._behind_s = number, 0.0
-        self._usual_hits = self._paces[number].hit_rate
-
-    def _give_up(self, number: int) -> None:
-        self._waits_until[number], self._is_over[number] = 2 * self.seconds, True
-
-    def _affordable(self, number: int, num_sequences: int) -> int:
-        """Cycles of a try; 0 where what it may lose is more than is left."""
-        seconds, tokens = self._expected_cycle(number)
-        loss_s = seconds - tokens / self._paces[self.best].rate
-        wanted = max(LEAST_CYCLES, math.ceil(PROOF / num_sequences))
-        if loss_s <= 0:
-            return wanted
-        left = int((SHARE * self.seconds - self.lost_s) / loss_s)
-        return min(wanted, left) if left >= LEAST_CYCLES else 0
-
-    def _expected_rate(self, number: int) -> float:
-        seconds, tokens = self._expected_cycle(number)
-        return tokens / seconds
-
-    def _expected_cycle(self, number: int) -> tuple[float, float]:
-        """Seconds, and tokens of a sequence."""
-        if pace := self._paces.get(number):
-            return pace.cycle_s, pace.careful_mean_accepted
-        step_s = self._paces[0].cycle_s
-        tried = [n for n in self._paces if n]
-        if not tried:
-            token_s = (
-                step_s / 2 if self._paces[0].hit_rate < 1 else step_s
-            )  # where nothing is fetched, it saves nothing
-            return step_s + number * token_s, 1.0
-        near = min(tried, key=lambda n: abs(n - number))
-        token_s = max(0.0, self._paces[near].cycle_s - step_s) / near
-        acceptance = acceptance_of(self._paces[near].careful_mean_accepted, near)
-        return step_s + number * token_s, sum(acceptance**n for n in range(number + 1))
+def expected_cycle(paces: Mapping[int, Pace], number: int) -> tuple[float, float]:
+    """Seconds of a cycle, and tokens of a sequence, by the module's rules."""
+    if pace := paces.get(number):
+        return pace.cycle_s, pace.careful_mean_accepted(PROOF)
+    step_s = paces[0].cycle_s
+    tried = [n for n in paces if n]
+    if not tried:
+        token_s = step_s / 2 if paces[0].hit_rate < 1 else step_s  # where nothing is fetched, it saves nothing
+        return step_s + number * token_s, 1.0
+    near = min(tried, key=lambda n: abs(n - number))
+    token_s = max(0.0, paces[near].cycle_s - step_s) / near
+    acceptance = acceptance_of(paces[near].careful_mean_accepted(PROOF), near)
+    return step_s + number * token_s, sum(acceptance**n for n in range(number + 1))
 
 
 def acceptance_of(mean_accepted: float, num_draft_tokens: int) -> float:
@@ -219,9 +43,3 @@ def acceptance_of(mean_accepted: float, num_draft_tokens: int) -> float:
         is_less = sum(middle**n for n in range(num_draft_tokens + 1)) < mean_accepted
         low, high = (middle, high) if is_less else (low, middle)
     return low
-
-
-def _loss_s(call: DecodeCalls, rate: float) -> float:
-    """Seconds that the call took more than the same tokens at this pace; below 0 it gained."""
-    num_sequences = call.num_verifications / call.num_steps
-    return call.seconds - call.num_tokens / num_sequences / rate
