@@ -38,11 +38,10 @@ class Clock:
         known = self.drafted.get(call.num_draft_tokens)
         self.drafted[call.num_draft_tokens] = known + call if known else call
 
-    def add_prefetch(self, prefetched: Prefetched | None, config: ModelConfig) -> None:
-        """What came early in a call of a jitted decode; None where nothing is prefetched."""
-        if prefetched is not None:
-            row_bytes = config.expert_bytes // (3 * config.moe_intermediate_size)
-            self.prefetch = (self.prefetch or PrefetchStats()) + PrefetchStats.read(prefetched, row_bytes)
+    def add_prefetch(self, prefetched: Prefetched | None, num_steps: int, num_rows: int, config: ModelConfig) -> None:
+        """What came early in a call of a jitted decode that brings so many rows a layer; None in plain steps."""
+        call = PrefetchStats.of_call(prefetched, num_steps, num_rows, config)
+        self.prefetch = self.prefetch + call if self.prefetch else call
 
     def stats(self, engine: "Engine", num_generated_tokens: int) -> GenerationStats:
         """What happened so far."""

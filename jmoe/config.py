@@ -16,7 +16,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
 DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "frozen", "random", "resident"]  # see `jmoe.experts.draft`
 Missing = Literal["reroute", "substitute", "drop"]
-Prefetching = Literal["off", "lookahead"]
+Prefetching = Literal["off", "lookahead", "auto"]
 MOST_PREFETCHED = 4  # experts of a layer
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
@@ -197,7 +197,7 @@ class RuntimeConfig:
     `draft_policy`; None is all that have a slot. `draft_missing` says what becomes of the choice of others.
 
     `prefetch` "lookahead" brings `prefetch_experts` of each layer (0.5: half an expert) while its attention runs, those
-    that it will most probably miss (docs/prefetch.md).
+    that it will most probably miss (docs/prefetch.md); "auto" measures what amount is fastest, of none to one expert.
     """
 
     expert_slots: int | None = None
@@ -276,7 +276,9 @@ class RuntimeConfig:
     @property
     def most_prefetched(self) -> int:
         """The most experts of a layer that a prefetch brings, whole or not; 0 without one."""
-        return math.ceil(self.prefetch_experts) if self.prefetch != "off" else 0
+        if self.prefetch == "auto":
+            return 1
+        return math.ceil(self.prefetch_experts) if self.prefetch == "lookahead" else 0
 
     @property
     def most_draft_tokens(self) -> int:

@@ -23,7 +23,7 @@ from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
 from jmoe.model.families import trunk_shapes
-from jmoe.prefetching import prefetch_rows, prefetching_line
+from jmoe.prefetching import prefetching, prefetching_line
 from jmoe.tokenizer import Tokenizer
 
 Announce = Callable[[str], None]
@@ -45,8 +45,8 @@ class Engine:
     One generation runs at a time. `config` is the model, `plan` says where bytes went, `link_ceiling_gbps` is the
     measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
     unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
-    `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts.
-    `prefetch_rows` come early in each layer of a decode step; 0 without a prefetch.
+    `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts,
+    and `prefetching` unless it asks for a prefetch and some expert is not resident.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Engine:
         kept_in = None if plan.layout.all_resident else experience_file
         self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
         self.drafting = self._drafting(speculative, affinity_files)
-        self.prefetch_rows = prefetch_rows(config, runtime, plan)
+        self.prefetching = prefetching(config, runtime, plan)
         self._slots: ExpertSlots | None = self._fill_slots()
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:

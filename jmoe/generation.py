@@ -132,7 +132,7 @@ class _Batch:
         self.finished = False
         self.drafting = engine.drafting
         pays = prefetching.pays(engine.config, engine.plan, len(sequences))
-        self._prefetch_rows = engine.prefetch_rows if pays else 0
+        self.prefetching = engine.prefetching if pays else None
         self._draft_set: DraftSet | None = None
         self._num_active = len(sequences)
         self._before = read_counts(state.experts.residency)
@@ -152,7 +152,8 @@ class _Batch:
         if self.drafting:
             self._cycles(self.drafting, Choice(1), 0)
         if self.drafting is None or self.drafting.has_plain_steps:
-            self._decode(0)
+            for choice in self.prefetching.programs if self.prefetching else [Choice(0)]:
+                self._decode(choice, 0)
         jax.block_until_ready(self.state)
         engine.compiled.add(shape)
         self.clock.compile_s += time.perf_counter() - start
@@ -168,13 +169,12 @@ class _Batch:
         )
         return routed
 
-    def _decode(self, num_steps: int) -> Emitted:
+    def _decode(self, choice: Choice, num_steps: int) -> Emitted:
         weights, steps = self.engine.weights, self.engine.steps
         inputs = weights.params, weights.store, self.state, self.sampling, jnp.asarray(num_steps, jnp.int32)
         static = {"capacity": self.engine.runtime.decode_chunk, "mode": self.mode}
-        if self._prefetch_rows:
-            rows = jnp.asarray(self._prefetch_rows, jnp.int32)
-            most = self.engine.runtime.most_prefetched
+        if self.prefetching and choice.number:
+            rows, most = jnp.asarray(choice.number, jnp.int32), self.prefetching.num_experts
             self.state, emitted = steps.decode_prefetching(*inputs, rows, prefetch_experts=most, **static)
         else:
             self.state, emitted = steps.decode(*inputs, **static)
@@ -209,24 +209,26 @@ class _Batch:
 
     def decode(self) -> Iterator[Delta]:
         """One call of a jitted step: plain steps, or cycles."""
-        choice = self.drafting.choose(self._num_active) if self.drafting else Choice(0)
+        chooser = self.drafting or self.prefetching
+        choice = chooser.choose(self._num_active) if chooser else Choice(0)
         if self.drafting and choice.number:
             yield from self._decode_drafted(self.drafting, choice)
         else:
-            yield from self._decode_plain()
+            yield from self._decode_plain(choice)
 
-    def _decode_plain(self) -> Iterator[Delta]:
+    def _decode_plain(self, choice: Choice) -> Iterator[Delta]:
         start, capacity = time.perf_counter(), self.engine.runtime.decode_chunk
-        emitted = self._decode(self._num_steps(Choice(0), capacity))
+        emitted = self._decode(choice, self._num_steps(choice, capacity))
         self._draft_set = None  # its experts may lose their slots
         emitted, done, experts = jax.device_get((emitted, self.state.done, self._counters()))  # together: one wait
         num_steps = int(emitted.num_steps)
         self._record(jax.tree.map(lambda steps: steps[:num_steps], emitted.routed), is_prefill=False)
-        self.clock.add_prefetch(emitted.prefetched, self.engine.config)
+        if self.prefetching:
+            self.clock.add_prefetch(emitted.prefetched, num_steps, choice.number, self.engine.config)
         tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
         num_tokens = int((tokens != NO_TOKEN).sum())
         counts = {"num_tokens": num_tokens, "num_verifications": num_tokens}
-        self._count(0, num_steps, time.perf_counter() - start, experts, counts)
+        self._count(choice, num_steps, time.perf_counter() - start, experts, counts)
         yield from self._hand_out(tokens, logprobs, done)
 
     def _decode_drafted(self, drafting: Drafting, choice: Choice) -> Iterator[Delta]:
@@ -236,22 +238,28 @@ class _Batch:
         names = ("num_verifications", "proposed", "accepted")
         counts = {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
         took = time.perf_counter() - start
-        self._count(choice.number, int(verified.num_cycles), took, experts, counts)
+        self._count(choice, int(verified.num_cycles), took, experts, counts)
         yield from self._hand_out(verified.token_ids, verified.logprobs, done)
 
     def _counters(self) -> Counters | None:
-        """Asked for with drafts alone, whose stats and choice go by them."""
-        return self.state.experts.residency.decode if self.drafting else None
+        """Asked for where there is a choice, or stats, that goes by them."""
+        learns = self.drafting or (self.prefetching and self.prefetching.learns)
+        return self.state.experts.residency.decode if learns else None
 
-    def _count(self, number: int, num_steps: int, seconds: float, counters: Counters | None, counts: dict) -> None:
+    def _count(self, choice: Choice, num_steps: int, seconds: float, counters: Counters | None, counts: dict) -> None:
+        number, drafting = choice.number, self.drafting
         self._step_s[number] = seconds / max(1, num_steps)
         self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
-        if self.drafting is None or counters is None:
+        if counters is None:
             return
         experts, self._seen = ExpertCounts.read(counters) - self._seen, ExpertCounts.read(counters)
-        call = DecodeCalls(num_draft_tokens=number, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
-        self.drafting.record(self._num_active, call)
-        self.clock.add_call(call)
+        drafted = number if drafting else 0
+        call = DecodeCalls(num_draft_tokens=drafted, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
+        if drafting:
+            drafting.record(self._num_active, call)
+            self.clock.add_call(call)
+        elif self.prefetching:
+            self.prefetching.record(self._num_active, number, call)
 
     def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
         if routed is not None and self.clock.recording is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.config import ModelConfig
 from jmoe.experts.look_ahead import Prefetched
 
 
@@ -13,21 +14,30 @@ class PrefetchStats:
     """Bytes that came before a router had asked: of experts that it then did (`useful`), or did not (`wasted`).
 
     Useful bytes are part of what was fetched, which without a prefetch would have come later; wasted ones come on top.
+    `steps` are decode steps by how many experts of each layer they brought, 0 for plain ones.
     """
 
     useful_bytes: int = 0
     wasted_bytes: int = 0
+    steps: dict[float, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, prefetched: Prefetched, row_bytes: int) -> "PrefetchStats":
-        """Of all layers, whose rows have so many bytes. Waits for the device."""
-        counts = prefetched.useful, prefetched.wasted
+    def of_call(
+        cls, prefetched: Prefetched | None, num_steps: int, num_rows: int, config: ModelConfig
+    ) -> "PrefetchStats":
+        """Of steps that bring so many rows a layer; `prefetched` is None if that is none. Waits for the device."""
+        rows_of_expert = 3 * config.moe_intermediate_size
+        row_bytes, steps = config.expert_bytes // rows_of_expert, {round(num_rows / rows_of_expert, 4): num_steps}
+        counts = (prefetched.useful, prefetched.wasted) if prefetched else (0, 0)
         useful, wasted = (int(np.asarray(count, np.int64).sum()) * row_bytes for count in counts)
-        return cls(useful_bytes=useful, wasted_bytes=wasted)
+        return cls(useful_bytes=useful, wasted_bytes=wasted, steps=steps)
 
     def __add__(self, other: "PrefetchStats") -> "PrefetchStats":
+        amounts = sorted({*self.steps, *other.steps})
         return PrefetchStats(
-            useful_bytes=self.useful_bytes + other.useful_bytes, wasted_bytes=self.wasted_bytes + other.wasted_bytes
+            useful_bytes=self.useful_bytes + other.useful_bytes,
+            wasted_bytes=self.wasted_bytes + other.wasted_bytes,
+            steps={amount: self.steps.get(amount, 0) + other.steps.get(amount, 0) for amount in amounts},
         )
 
     @property
@@ -44,9 +54,10 @@ class PrefetchStats:
         useful, wasted, both = (
             size / 1e6 / max(1, num_tokens) for size in (self.useful_bytes, self.wasted_bytes, self.prefetched_bytes)
         )
+        chosen = ", ".join(f"{count} steps of {amount:.3g}" for amount, count in self.steps.items())
         return [
             f"of that prefetched {both:.2f} MB a token: {useful:.2f} useful, {wasted:.2f} wasted "
-            f"({self.useful_share:.1%} useful)"
+            f"({self.useful_share:.1%} useful); {chosen} experts a layer"
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,15 +2,56 @@
 
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.decoding.contest import Choice, Contest
+from jmoe.decoding.prefetch_choice import AMOUNTS, prefetch_chooser
 from jmoe.experts import look_ahead
+from jmoe.stats import DecodeCalls
 
 
-def prefetch_rows(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> int:
-    """Rows of D values in each layer, as `runtime` asks for, at least one; 0 where no step prefetches."""
-    if runtime.prefetch == "off" or plan.layout.all_resident:
-        return 0
-    rows_of_expert = 3 * config.moe_intermediate_size
-    return max(1, round(runtime.prefetch_experts * rows_of_expert))
+class Prefetching:
+    """How many rows come early in each layer, at most `num_experts` experts; kept from generation to generation.
+
+    The number of a choice is that of rows of D values, 0 in a plain step.
+    """
+
+    def __init__(self, config: ModelConfig, runtime: RuntimeConfig):
+        self.num_experts = runtime.most_prefetched
+        self.rows_of_expert = 3 * config.moe_intermediate_size
+        rows = max(1, round(runtime.prefetch_experts * self.rows_of_expert))
+        self._fixed = Choice(rows) if runtime.prefetch == "lookahead" else None
+        self._chooser = prefetch_chooser(self.rows_of_expert)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the amount is chosen by what was measured; else there are no plain steps."""
+        return self._fixed is None
+
+    @property
+    def programs(self) -> list[Choice]:
+        """A choice for each jitted step that may run."""
+        return [Choice(0), Choice(self.most_rows)] if self.learns else [Choice(self.most_rows)]
+
+    @property
+    def most_rows(self) -> int:
+        return self._fixed.number if self._fixed else self._chooser.numbers[-1]
+
+    def contest(self, num_sequences: int) -> Contest:
+        """What is known about the amounts for so many sequences together."""
+        return self._chooser.contest(num_sequences)
+
+    def choose(self, num_sequences: int) -> Choice:
+        """For the next call, of so many sequences."""
+        return self._fixed or self._chooser.choose(num_sequences)
+
+    def record(self, num_sequences: int, num_rows: int, call: DecodeCalls) -> None:
+        """Learns from a call that began with so many sequences, if there is anything to choose."""
+        if self.learns:
+            self._chooser.record(num_sequences, num_rows, call)
+
+
+def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> Prefetching | None:
+    """What `runtime` asks for; None where no step prefetches."""
+    return None if runtime.prefetch == "off" or plan.layout.all_resident else Prefetching(config, runtime)
 
 
 def pays(config: ModelConfig, plan: memory.MemoryPlan, num_sequences: int) -> bool:
@@ -20,12 +61,13 @@ def pays(config: ModelConfig, plan: memory.MemoryPlan, num_sequences: int) -> bo
 
 def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
     """What is prefetched, or why nothing is, for people."""
-    layout, rows = plan.layout, prefetch_rows(config, runtime, plan)
-    if not rows:
+    layout, made = plan.layout, prefetching(config, runtime, plan)
+    if made is None:
         return "prefetch: none is needed, every expert is resident"
-    rows_of_expert = 3 * config.moe_intermediate_size
-    size = memory.format_bytes(layout.num_layers * rows * config.expert_bytes // rows_of_expert)
-    line = f"prefetch of {rows / rows_of_expert:.3g} experts a layer, at most {size} a step, while attention runs"
+    size = memory.format_bytes(layout.num_layers * made.most_rows * config.expert_bytes // made.rows_of_expert)
+    amounts = f"0, {', '.join(f'{amount:g}' for amount in AMOUNTS)}" if made.learns else f"{runtime.prefetch_experts:g}"
+    how = ", whichever is fastest" if made.learns else ""
+    line = f"prefetch of {amounts} experts a layer{how}, at most {size} a step, while attention runs"
     if pays(config, plan, plan.batch_size):
         return line
     most = min(plan.batch_size * config.num_experts_per_tok, layout.num_experts)

@@ -92,6 +92,7 @@ def test_draft_options_that_mean_nothing_are_refused(argv: list[str], message: s
     [
         ([], {"prefetch": "off", "most_prefetched": 0}),
         (["--prefetch", "lookahead"], {"prefetch": "lookahead", "prefetch_experts": 0.5, "most_prefetched": 1}),
+        (["--prefetch", "auto"], {"prefetch": "auto", "most_prefetched": 1}),
         (["--prefetch", "lookahead", "--prefetch-experts", "1.5"], {"prefetch_experts": 1.5, "most_prefetched": 2}),
     ],
 )
@@ -103,7 +104,8 @@ def test_prefetching(argv: list[str], expected: dict) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prefetch-experts", "1"], "and nothing is; add --prefetch lookahead"),
+        (["--prefetch-experts", "1"], "--prefetch-experts is what --prefetch lookahead brings, and --prefetch is off"),
+        (["--prefetch", "auto", "--prefetch-experts", "1"], "and --prefetch is auto; leave it out"),
         (
             ["--prefetch", "lookahead", "--prefetch-experts", "0"],
             "prefetch_experts=0.0 must be a number",
@@ -123,7 +125,7 @@ def test_prefetching_in_a_runtime_file(tmp_path: Path) -> None:
     file.write_text('prefetch = "lookahead"\nprefetch_experts = 1\n', encoding="utf-8")
     assert RuntimeConfig.from_toml(file) == RuntimeConfig(prefetch="lookahead", prefetch_experts=1)
     file.write_text('prefetch = "on"\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="prefetch='on' is not one of off, lookahead"):
+    with pytest.raises(ValueError, match="prefetch='on' is not one of off, lookahead, auto"):
         RuntimeConfig.from_toml(file)
 
 

@@ -152,4 +152,4 @@ def test_an_amount_without_a_prefetch_is_refused(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         bench_decode.main(["--config", str(TINY), "--prefetch-experts", "1"])
     assert stop.value.code == 2
-    assert "nothing is prefetched; add --prefetch lookahead" in capsys.readouterr().err
+    assert "is what --prefetch lookahead brings; add that" in capsys.readouterr().err

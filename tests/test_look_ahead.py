@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.decoding.contest import Choice
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine, Weights
 from jmoe.experts.layer import OffloadedExperts, ResidentExperts
@@ -92,7 +93,8 @@ def test_a_batch_that_may_need_more_experts_than_there_are_slots_prefetches_noth
 
 
 def test_nothing_is_prefetched_where_everything_is_resident() -> None:
-    assert engine(expert_slots=E).prefetch_rows == engine(expert_slots=E, prefetch="lookahead").prefetch_rows == 0
+    assert engine(expert_slots=E, prefetch="lookahead").prefetching is None
+    assert engine(expert_slots=E, prefetch="auto").prefetching is None
 
 
 def without_attention(weights: Weights) -> Weights:
@@ -108,7 +110,9 @@ def test_where_attention_adds_nothing_the_guess_is_the_routing() -> None:
     oracle = Engine.start(SMALL, made.runtime, lambda: without_attention(models.weights()))
     generation = oracle.generate(PROMPTS[:1], ALONE)
     generation.results()
-    useful, wasted = (size / SMALL.expert_bytes for size in dataclasses.astuple(came(generation)))
+    useful, wasted = (
+        size / SMALL.expert_bytes for size in (came(generation).useful_bytes, came(generation).wasted_bytes)
+    )
     fetched, steps = generation.stats.decode.fetched, generation.stats.num_decode_steps
     assert useful + wasted == steps * NUM_LAYERS
     assert fetched / A <= useful <= fetched
@@ -188,7 +192,7 @@ def test_counts_and_results_are_those_of_plain_python(num_experts: int, num_rows
 
 
 def line(**runtime) -> str:
-    made = engine(prefetch="lookahead", **runtime)
+    made = engine(**{"prefetch": "lookahead", **runtime})
     return prefetching_line(SMALL, made.runtime, made.plan)
 
 
@@ -198,6 +202,7 @@ def test_what_the_engine_says() -> None:
     assert line(batch_size=3).endswith(
         "; not for 3 sequences together, which may ask for 6 experts of a layer of 2 slots"
     )
+    assert "of 0, 0.25, 0.5, 1 experts a layer, whichever is fastest, at most 12.00 KiB a step" in line(prefetch="auto")
     assert line(expert_slots=E) == "prefetch: none is needed, every expert is resident"
 
 
@@ -250,6 +255,31 @@ def test_counts_by_hand() -> None:
     made = count([arrivals([1, 2], [10, 3]), arrivals([3, NONE], [5, 0])], needed)
     assert np.asarray(made.useful).tolist() == [10, 0]
     assert np.asarray(made.wasted).tolist() == [3, 5]
+
+
+def test_an_amount_that_is_measured_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one generation plain steps and others; which is said."""
+    made, amounts = engine(prefetch="auto"), iter([0, ROWS, 0, ROWS // 4, ROWS // 2, *[0] * 24])
+    assert made.prefetching is not None
+    monkeypatch.setattr(made.prefetching, "choose", lambda num_sequences: Choice(next(amounts), 3))
+    generation = made.generate(PROMPTS[:1], ALONE)
+    generation.results()
+    assert tokens(generation) == tokens(ran())
+    steps = came(generation).steps
+    assert [steps[amount] for amount in (0.25, 0.5, 1.0)] == [3, 3, 3]
+    assert steps[0] == generation.stats.num_decode_steps - 9
+    assert came(generation).prefetched_bytes == 3 * NUM_LAYERS * (ROWS + ROWS // 4 + ROWS // 2) * ROW_BYTES
+    chosen = f"{steps[0]} steps of 0, 3 steps of 0.25, 3 steps of 0.5, 3 steps of 1 experts a layer"
+    assert any(text.endswith(chosen) for text in generation.stats.lines())
+
+
+def test_what_was_measured_is_learned() -> None:
+    """The first call of an engine is a plain one, and it is remembered from then on."""
+    made = engine(prefetch="auto")
+    assert made.prefetching is not None
+    made.generate(PROMPTS[:1], ALONE).results()
+    assert made.prefetching.contest(1).seconds > 0
+    assert made.prefetching.contest(1).best == 0
 
 
 def test_another_amount_compiles_nothing() -> None:

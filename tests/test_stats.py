@@ -10,6 +10,7 @@ from jmoe.experts.look_ahead import Prefetched
 from jmoe.experts.residency import Counters, init_residency
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls, DraftStats, ExpertCounts, GenerationStats, read_counts
+from tests.models import SMALL
 
 
 def counts(hits: int = 0, fetched: int = 0, streamed: int = 0) -> ExpertCounts:
@@ -87,7 +88,7 @@ def test_stats_as_json(made: GenerationStats) -> None:
 
 # A prefetch: of the 300 MB of missing experts 60 came early, and 40 that nobody asked for
 
-AHEAD = PrefetchStats(useful_bytes=60_000_000, wasted_bytes=40_000_000)
+AHEAD = PrefetchStats(useful_bytes=60_000_000, wasted_bytes=40_000_000, steps={0.0: 2, 0.5: 8})
 
 
 def test_what_came_in_vain_crossed_the_link_too() -> None:
@@ -98,13 +99,15 @@ def test_what_came_in_vain_crossed_the_link_too() -> None:
     assert made.fetched_gbps == pytest.approx(0.68)
     assert (AHEAD.prefetched_bytes, AHEAD.useful_share) == (100_000_000, 0.6)
     assert (PrefetchStats() + AHEAD + AHEAD).useful_bytes == 120_000_000
+    assert (AHEAD + PrefetchStats(steps={0.25: 1, 0.5: 3})).steps == {0.0: 2, 0.25: 1, 0.5: 11}
     assert PrefetchStats().useful_share == 0
 
 
 def test_a_prefetch_in_words_and_as_json() -> None:
     made = stats(prefetch=AHEAD)
     lines = made.lines()
-    assert "of that prefetched 5.00 MB a token: 3.00 useful, 2.00 wasted (60.0% useful)" in lines
+    expected = "of that prefetched 5.00 MB a token: 3.00 useful, 2.00 wasted (60.0% useful); "
+    assert expected + "2 steps of 0, 8 steps of 0.5 experts a layer" in lines
     assert lines[lines.index(AHEAD.lines(20)[0]) - 1].startswith("fetched 17.00 MB a token, 0.68 GB/s")
     values = json.loads(json.dumps(made.to_dict()))
     assert values["link_bytes"] == 340_000_000
@@ -113,6 +116,7 @@ def test_a_prefetch_in_words_and_as_json() -> None:
         "wasted_bytes": 40_000_000,
         "prefetched_bytes": 100_000_000,
         "useful_share": 0.6,
+        "steps": {"0.0": 2, "0.5": 8},
     }
     assert stats().to_dict()["prefetch"] is None
     assert not any("prefetch" in line for line in stats().lines())
@@ -121,7 +125,9 @@ def test_a_prefetch_in_words_and_as_json() -> None:
 def test_prefetched_rows_are_summed_over_layers_as_bytes() -> None:
     most = 2**31 - 1
     counts = Prefetched(jnp.asarray([most, most]), jnp.asarray([1, 2]))
-    assert PrefetchStats.read(counts, 4096) == PrefetchStats(useful_bytes=2 * most * 4096, wasted_bytes=3 * 4096)
+    made = PrefetchStats.of_call(counts, 7, 24, SMALL)  # half an expert; rows of 32 float32
+    assert made == PrefetchStats(useful_bytes=2 * most * 128, wasted_bytes=3 * 128, steps={0.5: 7})
+    assert PrefetchStats.of_call(None, 7, 0, SMALL) == PrefetchStats(steps={0.0: 7})
 
 
 def test_counts_are_subtracted_one_by_one() -> None:

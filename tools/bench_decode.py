@@ -80,10 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.config and args.prompts:
         parser.error("argument --prompts: not allowed with --config, whose prompts are random token ids")
-    if args.prefetch_experts and args.prefetch == "off":
-        parser.error("argument --prefetch-experts: nothing is prefetched; add --prefetch lookahead")
+    if args.prefetch_experts and args.prefetch != "lookahead":
+        parser.error("argument --prefetch-experts: is what --prefetch lookahead brings; add that")
     args.prompts = args.prompts or PROMPTS
-    args.prefetch_experts = (args.prefetch_experts or [0.5]) if args.prefetch != "off" else [0.0]
+    args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.5]
     return args
 
 
@@ -213,7 +213,7 @@ class Bench:
         peak, planned = memory.peak_device_bytes(), engine.plan.device_bytes
         return {
             "share": share,
-            "prefetch": prefetch_experts or None,
+            "prefetch": self.args.prefetch if self.args.prefetch == "auto" else prefetch_experts or None,
             "slots": slots,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
             **row,

@@ -17,7 +17,7 @@ def timing(calls: list[tuple[int, float]], batch_size: int) -> dict:
 
 COLUMNS = (
     ("share", "{}"),
-    ("prefetch", "{:g}"),
+    ("prefetch", "{}"),
     ("ttft_s", "{:.3f}"),
     ("ms_per_step", "{:.2f}"),
     ("ms_low", "{:.2f}"),

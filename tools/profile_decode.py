@@ -128,8 +128,8 @@ def compiled_text(engine: Engine) -> str:
     one = jnp.asarray(1, jnp.int32)
     inputs = engine.steps, weights.params, weights.store, state, batch_sampling(params, ()), one
     static = {"capacity": engine.runtime.decode_chunk, "mode": sampling_mode(params)}
-    if engine.prefetch_rows:
-        most = engine.runtime.most_prefetched
+    if engine.prefetching:
+        most = engine.prefetching.num_experts
         lowered = Steps.decode_prefetching.lower(*inputs, one, prefetch_experts=most, **static)
     else:
         lowered = Steps.decode.lower(*inputs, **static)
