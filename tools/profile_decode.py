@@ -35,6 +35,7 @@ KERNEL_SCOPES = {
     "add_parts": "attention",
     "route_rows": "router",
     "admit_layer": "admit",
+    "copy_rows": "prefetch",
     "copy_plan": "fetch",
     "multiply_groups": "experts",
     "gate_and_up": "experts",

@@ -20,6 +20,7 @@ from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import Decoder, build_decoder
 from jmoe.model.kv_cache import KVCache, init_kv_cache
 from jmoe.model.router import Routing
+from kernels_pallas.prefetch import api as prefetch_api
 
 
 @jax.tree_util.register_dataclass
@@ -73,8 +74,7 @@ class Chunk:
 # XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of it.
 # It makes none of these steps faster (docs/benchmarks.md).
 COMPILER_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
-# Lets kernels of one command buffer run beside each other where none needs the other: attention and a prefetch.
-PREFETCH_COMPILER_OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+PREFETCH_COMPILER_OPTIONS = {**COMPILER_OPTIONS, **prefetch_api.COMPILER_OPTIONS}
 
 
 @dataclasses.dataclass(frozen=True)
