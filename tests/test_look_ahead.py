@@ -136,7 +136,7 @@ def step(num_experts: int):
         experts = OffloadedExperts(store, slots, layout(6), admits=True, policy="lru", prefetch=prefetch)
         carry, ys = experts.start(), []
         for n in range(NUM_LAYERS):
-            carry = experts.look_ahead(n, functools.partial(jnp.asarray, guesses[n]), valid, carry)
+            _, carry = experts.look_ahead(n, xs[n], functools.partial(jnp.asarray, guesses[n]), valid, carry)
             y, carry = experts(n, xs[n], routings[n], carry)
             ys.append(y)
         return ys, experts.finish(carry), experts.prefetched(carry)

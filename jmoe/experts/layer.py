@@ -116,9 +116,9 @@ class Observed(MoE):
         y, inner = self.experts(moe_layer, x, routing, inner)
         return y, (inner, (*routings, routing))
 
-    def look_ahead(self, moe_layer: int, guess, valid, carry: tuple[Any, tuple[Routing, ...]]):
-        inner, routings = carry
-        return self.experts.look_ahead(moe_layer, guess, valid, inner), routings
+    def look_ahead(self, moe_layer: int, x, guess, valid, carry: tuple[Any, tuple[Routing, ...]]):
+        x, inner = self.experts.look_ahead(moe_layer, x, guess, valid, carry[0])
+        return x, (inner, carry[1])
 
 
 @jax.tree_util.register_dataclass
@@ -192,13 +192,13 @@ class OffloadedExperts(MoE):
         """Whether no expert changes its slot in this step."""
         return self.layout.all_resident or not self.admits
 
-    def look_ahead(self, moe_layer: int, guess: Callable[[], Array], valid: Bool[Array, "B T"], carry: Progress):
+    def look_ahead(self, moe_layer: int, x, guess: Callable[[], Array], valid: Bool[Array, "B T"], carry: Progress):
         prefetch = self.prefetch if self.admits else None
         if prefetch is None or not look_ahead.pays(self.layout, valid.size * prefetch.per_row):
-            return carry
+            return x, carry
         store, slot_of = self.store.layers[moe_layer], self.slots.residency.layers[moe_layer].slot_of
-        arrivals = look_ahead.bring(prefetch, store, guess(), valid, slot_of, self.implementation)
-        return dataclasses.replace(carry, arrivals=(*carry.arrivals, arrivals))
+        x, arrivals = look_ahead.bring(prefetch, x, store, guess(), valid, slot_of, self.implementation)
+        return x, dataclasses.replace(carry, arrivals=(*carry.arrivals, arrivals))
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))

@@ -73,15 +73,21 @@ def guess(logits: Float[Array, "T E"], valid: Bool[Array, " T"], slot_of: Int[Ar
 
 def bring(
     prefetch: Prefetch,
+    x: Float[Array, "B T D"],
     store: Float[Array, "E 3 F D"],
     logits: Float[Array, "T E"],
     valid: Bool[Array, "B T"],
     slot_of: Int[Array, " E"],
     implementation: str | None,
-) -> Arrivals:
-    """The rows of the experts that these logits say, of those that have no slot."""
+) -> tuple[Float[Array, "B T D"], Arrivals]:
+    """x, and the rows of the experts that these logits say, of those that have no slot.
+
+    The guess comes before what needs x: else XLA makes it part of the kernel in which the router decides, once
+    attention is over, since both read the router's weights.
+    """
     best = guess(logits, valid.reshape(-1), slot_of, prefetch.num_experts)
-    return api.prefetch(store, best.expert_ids, best.count, prefetch.num_rows, implementation=implementation)
+    x, best = jax.lax.optimization_barrier((x, best))
+    return x, api.prefetch(store, best.expert_ids, best.count, prefetch.num_rows, implementation=implementation)
 
 
 def no_rows(num_layers: int) -> Prefetched:

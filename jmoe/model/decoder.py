@@ -26,14 +26,20 @@ class MoE(Protocol):
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Any) -> tuple[Array, Any]: ...
 
     def look_ahead(
-        self, moe_layer: int, guess: Callable[[], Float[Array, "T E"]], valid: Bool[Array, "B T"], carry: Any
-    ) -> Any:
-        """The carry, once a layer's attention is about to run: time to bring what its router may ask for.
+        self,
+        moe_layer: int,
+        x: Float[Array, "B T D"],
+        guess: Callable[[], Float[Array, "T E"]],
+        valid: Bool[Array, "B T"],
+        carry: Any,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(x, carry), once a layer's attention is about to run on x: time to bring what its router may ask for.
 
-        `guess` computes what the router would say of the residual stream as it is, logits of rows of which `valid` are
-        tokens; who does not call it pays nothing. By default nothing is done.
+        `guess` computes what the router would say of x as it is, logits of rows of which `valid` are tokens; who does
+        not call it pays nothing. By default nothing is done. What has to come before attention is tied to the x that
+        is handed back, see jax.lax.optimization_barrier.
         """
-        return carry
+        return x, carry
 
 
 class DecoderLayer(nnx.Module):
@@ -84,7 +90,7 @@ class Decoder(nnx.Module):
         angles = rope_angles(self.config, positions, rope_lengths)
         x = self.embed(token_ids)  # [B, T, D]
         for n, layer in enumerate(self.layers):
-            carry = self._look_ahead(n, x, valid, moe, carry)
+            x, carry = self._look_ahead(n, x, valid, moe, carry)
             with jax.named_scope("attention"):
                 mixed, cache = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
                 x = x + mixed
@@ -97,12 +103,13 @@ class Decoder(nnx.Module):
         layer = self.layers[n]
         router = layer.router
         if router is None:
-            return carry
+            return x, carry
+
+        def guess() -> Float[Array, "T E"]:
+            return router.logits(layer.post_attention_norm(x.reshape(-1, x.shape[-1])))
+
         with jax.named_scope("prefetch"):
-            index = self.config.moe_layers.index(n)
-            return moe.look_ahead(
-                index, lambda: router.logits(layer.post_attention_norm(x.reshape(-1, x.shape[-1]))), valid, carry
-            )
+            return moe.look_ahead(self.config.moe_layers.index(n), x, guess, valid, carry)
 
     def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
         layer = self.layers[n]
