@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.decoding.contest import Choice
-from jmoe.decoding.sampling import SamplingParams
+from jmoe.decoding.sampling import SamplingParams, batch_sampling
 from jmoe.engine import Engine, Weights
 from jmoe.experts.layer import OffloadedExperts, ResidentExperts
 from jmoe.experts.look_ahead import Prefetch, count, guess, pays
@@ -271,6 +271,18 @@ def test_an_amount_that_is_measured_changes_no_token(monkeypatch: pytest.MonkeyP
     assert came(generation).prefetched_bytes == 3 * NUM_LAYERS * (ROWS + ROWS // 4 + ROWS // 2) * ROW_BYTES
     chosen = f"{steps[0]} steps of 0, 3 steps of 0.25, 3 steps of 0.5, 3 steps of 1 experts a layer"
     assert any(text.endswith(chosen) for text in generation.stats.lines())
+
+
+def test_the_guess_is_made_before_attention() -> None:
+    """A barrier a layer keeps XLA from making it part of the true router's product; plain steps have no such."""
+    made = engine(prefetch="lookahead")
+    state, steps, one = made.new_state(1, [1]), made.steps, jnp.asarray(1, jnp.int32)
+    inputs = made.weights.params, made.weights.store, state, batch_sampling(ALONE, ()), one
+    ahead = type(steps).decode_prefetching.lower(steps, *inputs, one, prefetch_experts=1, capacity=2, mode="greedy")
+    plain = type(steps).decode.lower(steps, *inputs, capacity=2, mode="greedy")
+    made.give_back(state)
+    barriers = [lowered.as_text().count("stablehlo.optimization_barrier") for lowered in (plain, ahead)]
+    assert barriers[1] == barriers[0] + NUM_LAYERS
 
 
 def test_what_was_measured_is_learned() -> None:

@@ -42,6 +42,9 @@ def test_tokens_do_not_depend_on_slots_batches_or_kernels() -> None:
         {"expert_slots": 4},
         {"expert_slots": 5, "staging_slots": 1, "batch_size": 3},  # more groups than slots: waves
         {"expert_slots": 9, "implementation": "reference"},
+        {"expert_slots": 5, "prefetch": "lookahead", "prefetch_experts": 1.6},  # in one pass with the arithmetic
+        {"expert_slots": 12, "batch_size": 3, "prefetch": "lookahead"},  # by a fetch before it
+        {"expert_slots": 5, "prefetch": "auto"},
     ):
         assert tokens(**runtime) == expected, runtime
 
@@ -68,9 +71,10 @@ def test_offloaded_logits_equal_resident_logits() -> None:
     np.testing.assert_allclose(logits, resident, atol=1e-3)
 
 
-def test_peak_memory_is_within_5_percent_of_the_plan() -> None:
+@pytest.mark.parametrize("prefetch", ["", "--prefetch lookahead --prefetch-experts 2"])
+def test_peak_memory_is_within_5_percent_of_the_plan(prefetch: str) -> None:
     command = "-m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --no-reference"
-    options = "--shares 0.125 --prompt-tokens 512 --new-tokens 17 --repeats 1"
+    options = f"--shares 0.125 --prompt-tokens 512 --new-tokens 17 --repeats 1 {prefetch}"
     out = subprocess.run(
         [sys.executable, *command.split(), *options.split()], capture_output=True, text=True, check=True
     )
