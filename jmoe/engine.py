@@ -19,11 +19,12 @@ from jmoe.drafting import Drafting, drafting_line, speculative_steps
 from jmoe.experts.affinity import load_or_measure
 from jmoe.experts.experience import Experience
 from jmoe.experts.policies import DEFAULT_POLICY
+from jmoe.experts.prefetch_file import Calibration
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation, prompt_chunks
 from jmoe.model.families import trunk_shapes
-from jmoe.prefetching import prefetching, prefetching_line
+from jmoe.prefetching import predictor_of, prefetching, prefetching_line
 from jmoe.tokenizer import Tokenizer
 
 Announce = Callable[[str], None]
@@ -47,6 +48,7 @@ class Engine:
     unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
     `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts,
     and `prefetching` unless it asks for a prefetch and some expert is not resident.
+    `calibration` is what `predictor` guesses with; without one it is the next layer's router alone.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Engine:
         fingerprint: str = "",
         experience_file: Path | None = None,
         affinity_files: Sequence[Path] = (),
+        calibration: Calibration | None = None,
         speculative: SpeculativeSteps | None = None,
         announce: Announce | None = None,
     ):
@@ -77,6 +80,7 @@ class Engine:
         self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
         self.drafting = self._drafting(speculative, affinity_files)
         self.prefetching = prefetching(config, runtime, plan)
+        self.predictor = predictor_of(config, weights.params, calibration) if self.prefetching else None
         self._slots: ExpertSlots | None = self._fill_slots()
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:

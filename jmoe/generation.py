@@ -174,8 +174,9 @@ class _Batch:
         inputs = weights.params, weights.store, self.state, self.sampling, jnp.asarray(num_steps, jnp.int32)
         static = {"capacity": self.engine.runtime.decode_chunk, "mode": self.mode}
         if self.prefetching and choice.number:
-            rows, most = jnp.asarray(choice.number, jnp.int32), self.prefetching.num_experts
-            self.state, emitted = steps.decode_prefetching(*inputs, rows, prefetch_experts=most, **static)
+            ahead = self.engine.predictor, jnp.asarray(choice.number, jnp.int32)
+            most = self.prefetching.num_experts
+            self.state, emitted = steps.decode_prefetching(*inputs, *ahead, prefetch_experts=most, **static)
         else:
             self.state, emitted = steps.decode(*inputs, **static)
         return emitted

@@ -11,6 +11,7 @@ from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.engine import Announce, Engine, Progress, Weights
 from jmoe.experts import affinity
 from jmoe.experts.policies import DEFAULT_POLICY
+from jmoe.experts.prefetch_file import Calibration, file_beside, read_calibration
 from jmoe.experts.store import ExpertStore
 from jmoe.hf_files import read_json
 from jmoe.router_delta import RouterDelta
@@ -52,6 +53,7 @@ def load(
         fingerprint=fingerprint,
         experience_file=_experience_file(fingerprint, runtime),
         affinity_files=_affinity_files(None if delta else path, fingerprint),
+        calibration=_calibration(None if delta else path, config, runtime, fingerprint, announce),
         tokenizer=_tokenizer(path, announce),
         generation_defaults=_generation_defaults(path),
     )
@@ -66,6 +68,20 @@ def _affinity_files(path: Path | None, fingerprint: str) -> tuple[Path, ...]:
     """In the cache, and before that beside the checkpoint, unless (None) it runs with routers that are not its own."""
     beside = () if path is None else (path / affinity.FILE,)
     return *beside, sources.cache_dir() / "affinity" / f"{fingerprint[:16]}.npz"
+
+
+def _calibration(
+    path: Path | None, config: ModelConfig, runtime: RuntimeConfig, fingerprint: str, announce: Announce | None
+) -> Calibration | None:
+    """What lies beside the checkpoint, if that is to prefetch, and runs with its own routers (else None)."""
+    if runtime.prefetch == "off":
+        return None
+    file = None if path is None else file_beside(path)
+    found = read_calibration(file, config, fingerprint) if file and file.is_file() else None
+    if announce:
+        guesses = "the next layer's router: no calibration of these weights" if found is None else file
+        announce(f"prefetch guesses with {guesses}")
+    return found
 
 
 def _tokenizer(path: Path, announce: Announce | None) -> Tokenizer | None:

@@ -1,10 +1,16 @@
-"""Prefetching in the engine: how many rows decode steps bring early."""
+"""Prefetching in the engine: how many rows decode steps bring early, and who guesses of which experts."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Array
 
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.contest import Choice, Contest
 from jmoe.decoding.prefetch_choice import AMOUNTS, prefetch_chooser
 from jmoe.experts import look_ahead
+from jmoe.experts.prefetch import Predictor, make_predictor
+from jmoe.experts.prefetch_file import Calibration
 from jmoe.stats import DecodeCalls
 
 
@@ -51,7 +57,13 @@ class Prefetching:
 
 def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> Prefetching | None:
     """What `runtime` asks for; None where no step prefetches."""
-    return None if runtime.prefetch == "off" or plan.layout.all_resident else Prefetching(config, runtime)
+    needless = plan.layout.all_resident or plan.layout.num_layers < 2
+    return None if runtime.prefetch == "off" or needless else Prefetching(config, runtime)
+
+
+def predictor_of(config: ModelConfig, params: Mapping[str, Array], calibration: Calibration | None) -> Predictor:
+    """As calibrated; else the next layer's router, as it is."""
+    return make_predictor(config, params) if calibration is None else calibration.predictor(config, params)
 
 
 def pays(config: ModelConfig, plan: memory.MemoryPlan, num_sequences: int) -> bool:
@@ -63,8 +75,8 @@ def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.M
     """What is prefetched, or why nothing is, for people."""
     layout, made = plan.layout, prefetching(config, runtime, plan)
     if made is None:
-        return "prefetch: none is needed, every expert is resident"
-    size = memory.format_bytes(layout.num_layers * made.most_rows * config.expert_bytes // made.rows_of_expert)
+        return "prefetch: none is needed, every expert is resident, or there is one layer of them"
+    size = memory.format_bytes((layout.num_layers - 1) * made.most_rows * config.expert_bytes // made.rows_of_expert)
     amounts = f"0, {', '.join(f'{amount:g}' for amount in AMOUNTS)}" if made.learns else f"{runtime.prefetch_experts:g}"
     how = ", whichever is fastest" if made.learns else ""
     line = f"prefetch of {amounts} experts a layer{how}, at most {size} a step, while attention runs"

@@ -25,7 +25,8 @@ ROWS = (
     ("jmoe.experts.layer", "jmoe.convert", "jmoe.export", "jmoe.synthetic"),
     ("jmoe.hf_files", "jmoe.router_delta"),
     ("jmoe.checkpoint",),
-    ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer", "jmoe.traces", "jmoe.experts.prefetch"),
+    ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer", "jmoe.traces"),
+    ("jmoe.experts.prefetch",),
     ("jmoe.model", "jmoe.experts"),
     ("kernels_pallas",),
     ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats"),
@@ -40,6 +41,7 @@ PART_OF = {
     "jmoe.prefetching": "jmoe.engine",
     "jmoe.prefetch_stats": "jmoe.stats",
     "jmoe.experts.prefetch_file": "jmoe.experts.prefetch",
+    "jmoe.experts.look_ahead": "jmoe.experts.prefetch",
     "jmoe.arguments": "jmoe.generate",
 }  # modules that are one unit with another
 RANKS = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}

@@ -78,7 +78,7 @@ def test_a_plan_by_hand() -> None:
 @pytest.mark.parametrize(("amount", "num_experts"), [(0.25, 1), (1.0, 1), (1.5, 2)])
 def test_a_prefetch_is_planned_for_twice(amount: float, num_experts: int) -> None:
     """What came for a layer is in use while the next one's comes; it leaves fewer slots, and no room is left over."""
-    plain, ahead = plan(), plan(prefetch="lookahead", prefetch_experts=amount)
+    plain, ahead = plan(device=40 * GIB), plan(device=40 * GIB, prefetch="lookahead", prefetch_experts=amount)
     assert plain.prefetch_bytes == 0
     assert ahead.prefetch_bytes == 2 * num_experts * LARGE.expert_bytes
     assert ahead.device_bytes == plan_parts(ahead) <= ahead.device_limit_bytes < ahead.device_bytes + slot_bytes(LARGE)

@@ -131,7 +131,7 @@ def compiled_text(engine: Engine) -> str:
     static = {"capacity": engine.runtime.decode_chunk, "mode": sampling_mode(params)}
     if engine.prefetching:
         most = engine.prefetching.num_experts
-        lowered = Steps.decode_prefetching.lower(*inputs, one, prefetch_experts=most, **static)
+        lowered = Steps.decode_prefetching.lower(*inputs, engine.predictor, one, prefetch_experts=most, **static)
     else:
         lowered = Steps.decode.lower(*inputs, **static)
     engine.give_back(state)

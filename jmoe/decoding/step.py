@@ -15,6 +15,7 @@ from jmoe.decoding.sampling import Mode, Sampling, sample, token_logprobs
 from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
 from jmoe.experts.look_ahead import Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY
+from jmoe.experts.prefetch import Predictor
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import Decoder, build_decoder
@@ -198,16 +199,17 @@ class Steps:
         state: DecodeState,
         sampling: Sampling,
         num_steps: Int[Array, ""],
+        predictor: Predictor,
         prefetch_rows: Int[Array, ""],
         *,
         prefetch_experts: int,
         capacity: int,
         mode: Mode,
     ) -> tuple[DecodeState, Emitted]:
-        """As `decode`, with the same tokens; in each layer so many rows of D values, of so many experts at most, come
-        before its router has asked.
+        """As `decode`, with the same tokens; for each layer but the first so many rows of D values, of so many experts
+        at most, come before its router has asked, as the predictor guesses.
         """
-        prefetch = Prefetch(prefetch_experts, prefetch_rows, self.config.num_experts_per_tok)
+        prefetch = Prefetch(prefetch_experts, prefetch_rows, predictor)
         return self._decode(params, store, state, sampling, num_steps, prefetch, capacity, mode)
 
     def _decode(

@@ -6,7 +6,6 @@ the same order.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.experts import look_ahead
-from jmoe.experts.look_ahead import Prefetch, Prefetched, no_rows
+from jmoe.experts.look_ahead import Guess, Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
+from jmoe.experts.prefetch import predict
 from jmoe.experts.residency import NONE, Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
@@ -27,6 +27,7 @@ from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
+from kernels_pallas.prefetch.api import prefetch as bring
 from kernels_pallas.prefetch.arrivals import Arrivals
 
 
@@ -116,9 +117,9 @@ class Observed(MoE):
         y, inner = self.experts(moe_layer, x, routing, inner)
         return y, (inner, (*routings, routing))
 
-    def look_ahead(self, moe_layer: int, x, guess, valid, carry: tuple[Any, tuple[Routing, ...]]):
-        x, inner = self.experts.look_ahead(moe_layer, x, guess, valid, carry[0])
-        return x, (inner, carry[1])
+    def look_ahead(self, moe_layer: int, residual, routing: Routing, carry: tuple[Any, tuple[Routing, ...]]):
+        inner, routings = carry
+        return self.experts.look_ahead(moe_layer, residual, routing, inner), routings
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +127,7 @@ class Observed(MoE):
 class Progress:
     """What the layers done so far have asked for, and have made of the slots and of their residency.
 
-    `arrivals`, where there is a prefetch, came early for each of them and for the layer under way.
+    With a prefetch, `guess` is what the next layer will miss, and `arrivals` what came early for each but the first.
     """
 
     staging: Float[Array, "W 3 F D"]
@@ -135,6 +136,7 @@ class Progress:
     expert_ids: tuple[Int[Array, "T A"], ...] = ()
     num_hits: tuple[Int[Array, ""], ...] = ()
     num_fetched: tuple[Int[Array, ""], ...] = ()
+    guess: Guess | None = None
     arrivals: tuple[Arrivals, ...] = ()
 
 
@@ -146,8 +148,8 @@ class OffloadedExperts(MoE):
     that the slots' residency was made with) values least. Prefill does not: it uses what is resident where it is and
     streams the rest through the staging slots, so that the decode set survives it.
 
-    With `prefetch`, what a layer will probably miss comes while its attention runs, and is taken from there: in steps
-    that admit, and for which `look_ahead.pays`.
+    With `prefetch`, what the next layer will probably miss comes while its attention runs, and is taken from there: in
+    steps that admit, and for which `look_ahead.pays`.
     """
 
     store: ExpertStore
@@ -192,18 +194,31 @@ class OffloadedExperts(MoE):
         """Whether no expert changes its slot in this step."""
         return self.layout.all_resident or not self.admits
 
-    def look_ahead(self, moe_layer: int, x, guess: Callable[[], Array], valid: Bool[Array, "B T"], carry: Progress):
-        prefetch = self.prefetch if self.admits else None
-        if prefetch is None or not look_ahead.pays(self.layout, valid.size * prefetch.per_row):
-            return x, carry
-        store, slot_of = self.store.layers[moe_layer], self.slots.residency.layers[moe_layer].slot_of
-        x, arrivals = look_ahead.bring(prefetch, x, store, guess(), valid, slot_of, self.implementation)
-        return x, dataclasses.replace(carry, arrivals=(*carry.arrivals, arrivals))
+    def look_ahead(self, moe_layer: int, residual: Float[Array, "T D"], routing: Routing, carry: Progress) -> Progress:
+        prefetch, following = self.prefetch if self.admits else None, moe_layer + 1
+        is_last = following == self.layout.num_layers
+        if prefetch is None or is_last or not look_ahead.pays(self.layout, routing.expert_ids.size):
+            return carry
+        odds = predict(prefetch.predictor, moe_layer, residual, routing)
+        slot_of, num_asked = self.slots.residency.layers[following].slot_of, routing.expert_ids.size
+        best = look_ahead.guess(odds, slot_of, num_asked, prefetch.num_experts)
+        return dataclasses.replace(carry, guess=best)
+
+    def _bring_guessed(self, moe_layer: int, y: Float[Array, "T D"], carry: Progress):
+        """What the next layer will probably miss, once this one's experts have come: before, the link is theirs."""
+        if carry.guess is None or self.prefetch is None:
+            return y, carry
+        y, best = jax.lax.optimization_barrier((y, carry.guess))  # else XLA makes the guess together with the routing
+        with jax.named_scope("prefetch"):
+            rows, store = self.prefetch.num_rows, self.store.layers[moe_layer + 1]
+            come = bring(store, best.expert_ids, best.count, rows, after=y, implementation=self.implementation)
+        return y, dataclasses.replace(carry, guess=None, arrivals=(*carry.arrivals, come))
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))
         run = self._from_slots if self.layout.all_resident else self._from_slots_and_store
         y, progress = run(moe_layer, x, routing, asked)
+        y, progress = self._bring_guessed(moe_layer, y, progress)
         return y.astype(x.dtype), progress
 
     def _from_slots(self, moe_layer: int, x, routing: Routing, carry: Progress):
@@ -221,7 +236,7 @@ class OffloadedExperts(MoE):
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups(admitted.group_experts, admitted.group_weights, routing.expert_ids.shape[1])
         if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
-            arrivals = carry.arrivals[moe_layer] if carry.arrivals else None
+            arrivals = carry.arrivals[moe_layer - 1] if carry.arrivals else None
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
         else:
             if self.admits:

@@ -1,8 +1,8 @@
-"""What is brought early: the beginnings of the experts that a layer's router will most probably ask for.
+"""What is brought early: the beginnings of the experts that the next layer's router will most probably ask for.
 
-The guess is made before the layer's attention, by the layer's own router from the residual stream as it is then, so it
-leaves out no more than what the attention adds. While the attention runs the link has nothing else to do. A guess only
-brings weights; the true router decides what is computed.
+The guess (`jmoe.experts.prefetch`) is made while the experts of a layer are on their way, and brought while the
+attention of the next one runs and the link has nothing else to do. It only brings weights; the true router decides
+what is computed.
 """
 
 import dataclasses
@@ -12,24 +12,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jmoe.experts.prefetch import Predictor
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import SlotLayout
 from kernels_pallas.admit.reference import rank_of, select
-from kernels_pallas.prefetch import api
 from kernels_pallas.prefetch.arrivals import Arrivals
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefetch:
-    """In each layer `num_rows` rows of D values (an expert has 3F), of the `num_experts` most probable experts.
+    """For each layer but the first `num_rows` rows of D values (3F an expert), of the `num_experts` most probable.
 
-    `num_experts` is static, and at least num_rows / 3F: the first expert comes whole before the next begins. A token
-    asks for `per_row` experts.
+    `num_experts` is static, and at least num_rows / 3F: the first expert comes whole before the next begins.
     """
 
     num_experts: int
     num_rows: Int[Array, ""]
-    per_row: int
+    predictor: Predictor
 
 
 @jax.tree_util.register_dataclass
@@ -59,35 +58,16 @@ def pays(layout: SlotLayout, num_choices: int) -> bool:
     return not layout.all_resident and min(num_choices, layout.num_experts) <= layout.slots_per_layer
 
 
-def guess(logits: Float[Array, "T E"], valid: Bool[Array, " T"], slot_of: Int[Array, " E"], num_experts: int) -> Guess:
-    """At most `num_experts`, by the router's softmax summed over the rows that are tokens; of equals the first.
+def guess(odds: Float[Array, " E"], slot_of: Int[Array, " E"], num_asked: int, num_experts: int) -> Guess:
+    """At most `num_experts`, by how probably a layer asks for each; of equals the first.
 
-    Ranks are found as `kernels_pallas.admit.reference` does, in a few small kernels and without a sort.
+    A layer that asks for `num_asked` is guessed to ask for the most probable ones: what is missing of others is none of
+    them. Ranks are found as `kernels_pallas.admit.reference` does, in a few small kernels and without a sort.
     """
-    odds = jnp.sum(jnp.where(valid[:, None], jax.nn.softmax(logits, axis=-1), 0.0), axis=0)
-    odds = jnp.where(slot_of == NONE, odds, 0.0)  # [E]
+    odds = jnp.where((slot_of == NONE) & (rank_of(-odds) < num_asked), odds, 0.0)
     chosen = rank_of(-odds)[None, :] == jnp.arange(num_experts)[:, None]  # [P, E]
     count = jnp.minimum(jnp.sum(odds > 0, dtype=jnp.int32), num_experts)
     return Guess(select(chosen, jnp.arange(odds.size, dtype=jnp.int32)), count)
-
-
-def bring(
-    prefetch: Prefetch,
-    x: Float[Array, "B T D"],
-    store: Float[Array, "E 3 F D"],
-    logits: Float[Array, "T E"],
-    valid: Bool[Array, "B T"],
-    slot_of: Int[Array, " E"],
-    implementation: str | None,
-) -> tuple[Float[Array, "B T D"], Arrivals]:
-    """x, and the rows of the experts that these logits say, of those that have no slot.
-
-    The guess comes before what needs x: else XLA makes it part of the kernel in which the router decides, once
-    attention is over, since both read the router's weights.
-    """
-    best = guess(logits, valid.reshape(-1), slot_of, prefetch.num_experts)
-    x, best = jax.lax.optimization_barrier((x, best))
-    return x, api.prefetch(store, best.expert_ids, best.count, prefetch.num_rows, implementation=implementation)
 
 
 def no_rows(num_layers: int) -> Prefetched:
@@ -96,9 +76,10 @@ def no_rows(num_layers: int) -> Prefetched:
 
 
 def count(arrivals: Sequence[Arrivals], needed: Bool[Array, "L E"]) -> Prefetched:
-    """Of a step to whose layers these came early, and which needed these experts."""
-    ids = jnp.stack([each.expert_ids for each in arrivals])  # [L, P]
+    """Of a step which needed these experts, and to whose layers but the first these came early."""
+    ids = jnp.stack([each.expert_ids for each in arrivals])  # [L - 1, P]
     rows = jnp.stack([each.num_rows for each in arrivals])
-    was_needed = jnp.take_along_axis(needed, jnp.maximum(ids, 0), axis=1)  # NONE came with no row
+    was_needed = jnp.take_along_axis(needed[1:], jnp.maximum(ids, 0), axis=1)  # NONE came with no row
     useful = jnp.sum(jnp.where(was_needed, rows, 0), axis=1, dtype=jnp.int32)
-    return Prefetched(useful, jnp.sum(rows, axis=1, dtype=jnp.int32) - useful)
+    wasted = jnp.sum(rows, axis=1, dtype=jnp.int32) - useful
+    return Prefetched(*(jnp.pad(found, (1, 0)) for found in (useful, wasted)))

@@ -1,13 +1,13 @@
 """The decoder. Its mixture-of-experts layers get what they multiply with from the caller: see `MoE`."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jmoe.config import ModelConfig
 from jmoe.model.attention import Attention
@@ -25,21 +25,12 @@ class MoE(Protocol):
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Any) -> tuple[Array, Any]: ...
 
-    def look_ahead(
-        self,
-        moe_layer: int,
-        x: Float[Array, "B T D"],
-        guess: Callable[[], Float[Array, "T E"]],
-        valid: Bool[Array, "B T"],
-        carry: Any,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """(x, carry), once a layer's attention is about to run on x: time to bring what its router may ask for.
+    def look_ahead(self, moe_layer: int, residual: Float[Array, "T D"], routing: Routing, carry: Any) -> Any:
+        """The carry, once a layer has routed and before its experts answer: time to guess what comes next.
 
-        `guess` computes what the router would say of x as it is, logits of rows of which `valid` are tokens; who does
-        not call it pays nothing. By default nothing is done. What has to come before attention is tied to the x that
-        is handed back, see jax.lax.optimization_barrier.
+        `residual` is what the norm before the router got. By default nothing is done.
         """
-        return x, carry
+        return carry
 
 
 class DecoderLayer(nnx.Module):
@@ -90,37 +81,28 @@ class Decoder(nnx.Module):
         angles = rope_angles(self.config, positions, rope_lengths)
         x = self.embed(token_ids)  # [B, T, D]
         for n, layer in enumerate(self.layers):
-            x, carry = self._look_ahead(n, x, valid, moe, carry)
             with jax.named_scope("attention"):
                 mixed, cache = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
                 x = x + mixed
-            added, carry = self._feed_forward(n, layer.post_attention_norm(x), valid, moe, carry)
+            added, carry = self._feed_forward(n, x, valid, moe, carry)
             x = x + added
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(cache.keys, cache.values, lengths), carry
 
-    def _look_ahead(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
-        layer = self.layers[n]
-        router = layer.router
-        if router is None:
-            return x, carry
-
-        def guess() -> Float[Array, "T E"]:
-            return router.logits(layer.post_attention_norm(x.reshape(-1, x.shape[-1])))
-
-        with jax.named_scope("prefetch"):
-            return moe.look_ahead(self.config.moe_layers.index(n), x, guess, valid, carry)
-
     def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
+        """What is added to the residual stream x."""
         layer = self.layers[n]
+        normed = layer.post_attention_norm(x)
         if layer.mlp is not None:
             with jax.named_scope("mlp"):
-                return layer.mlp(x), carry
-        rows = x.reshape(-1, x.shape[-1])  # [B*T, D]
+                return layer.mlp(normed), carry
+        moe_layer, rows = self.config.moe_layers.index(n), normed.reshape(-1, x.shape[-1])  # [B*T, D]
         assert layer.router is not None  # a layer has one or the other
         with jax.named_scope("router"):
             routing = layer.router(rows, valid.reshape(-1))
-        y, carry = moe(self.config.moe_layers.index(n), rows, routing, carry)
+        with jax.named_scope("prefetch"):
+            carry = moe.look_ahead(moe_layer, x.reshape(rows.shape), routing, carry)
+        y, carry = moe(moe_layer, rows, routing, carry)
         return y.reshape(x.shape), carry
 
     def unembed(self, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:

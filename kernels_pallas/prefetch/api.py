@@ -11,10 +11,10 @@ from kernels_pallas.prefetch.arrivals import Arrivals
 COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
-def _mosaic_gpu(store, expert_ids, count, num_rows):
+def _mosaic_gpu(store, expert_ids, count, num_rows, after):
     from kernels_pallas.prefetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
 
-    return mosaic_gpu.prefetch(store, expert_ids, count, num_rows)
+    return mosaic_gpu.prefetch(store, expert_ids, count, num_rows, after)
 
 
 IMPLEMENTATIONS = {"reference": reference.prefetch, "mosaic_gpu": _mosaic_gpu}
@@ -30,16 +30,18 @@ def prefetch(
     expert_ids: Int[Array, " P"],
     count: Int[Array, ""],
     num_rows: Int[Array, ""],
+    after: Array | None = None,
     *,
     implementation: str | None = None,
 ) -> Arrivals:
     """The first `num_rows` rows of D values (3F an expert) of the first `count` experts, in their order.
 
     `store` is in host memory, everything else on the device. Ids at and beyond `count` are not read; those before are
-    distinct. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`.
+    distinct. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`, as soon as
+    `after` is computed, if that is given: an array whose values are of no matter.
 
     Raises ValueError for a list of no expert, NotImplementedError for an implementation that cannot run here.
     """
     if expert_ids.ndim != 1 or not expert_ids.size:
         raise ValueError(f"prefetch: expert_ids {expert_ids.shape} must be a list of at least one")
-    return IMPLEMENTATIONS[resolve(implementation)](store, expert_ids, count, num_rows)
+    return IMPLEMENTATIONS[resolve(implementation)](store, expert_ids, count, num_rows, after)

@@ -20,20 +20,21 @@ from kernels_pallas.tile_ring import Config, Tiling, tiling
 STREAM = "gpu_stream:1"
 
 
-def prefetch(store, expert_ids, count, num_rows, *, config: Config = Config(), interpret=None) -> Arrivals:
+def prefetch(store, expert_ids, count, num_rows, after=None, *, config: Config = Config(), interpret=None) -> Arrivals:
+    """`after` is an operand of the kernel that it does not read: XLA starts it no sooner."""
     expert_ids, count, num_rows = (part.astype(jnp.int32) for part in (expert_ids, count, num_rows))
     size, (_, _, num_hidden, width) = expert_ids.shape[0], store.shape
     tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
 
-    def copy(store, expert_ids, count, num_rows):
+    def copy(store, expert_ids, count, num_rows, *after):
         out = jax.ShapeDtypeStruct((size, tile.num_tiles * tile.rows, tile.columns), store.dtype)
         body = _copy_rows(tile, config, 3 * num_hidden, width)
         kernel = tile_ring.kernel(body, tile, config, store.dtype, out_type=out, interpret=interpret)
-        weights = kernel(expert_ids, count.reshape(1), num_rows.reshape(1), device_view(tile.flat(store)))
+        weights = kernel(expert_ids, count.reshape(1), num_rows.reshape(1), device_view(tile.flat(store)), *after)
         return weights.reshape(size, *store.shape[1:])
 
     beside = compute_on(copy, compute_type=STREAM, out_memory_spaces=jax.memory.Space.Device)
-    weights = beside(store, expert_ids, count, num_rows)  # pyright: ignore[reportCallIssue]  # a decorator too
+    weights = beside(store, expert_ids, count, num_rows, *(() if after is None else (after,)))  # pyright: ignore[reportCallIssue]  # a decorator too
     named = jnp.arange(size, dtype=jnp.int32) < count
     return Arrivals(jnp.where(named, expert_ids, NONE), share_out(count, num_rows, size, 3 * num_hidden), weights)
 
@@ -42,8 +43,10 @@ def _copy_rows(tile: Tiling, config: Config, rows_of_expert: int, width: int):
     """The kernel body: the tiles in which the first rows lie."""
     step = math.gcd(width, tile.size)  # of elements, so that their number stays an int32
 
-    def copy_rows(expert_ids, count, num_rows, store, weights, stages, arrived):
-        # expert_ids [P], count, num_rows [1]; store [E, rows, columns] (host); weights [P, rows, columns]
+    def copy_rows(expert_ids, count, num_rows, store, *refs):
+        # expert_ids [P], count, num_rows [1]; store [E, rows, columns] (host); weights [P, rows, columns] after what it
+        # waits for
+        *_, weights, stages, arrived = refs
         wanted = jnp.clip(num_rows[0], 0, count[0] * rows_of_expert) * (width // step)
         num_tiles = lax.div(wanted + tile.size // step - 1, tile.size // step)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
 
 
-def prefetch(store, expert_ids, count, num_rows):
+def prefetch(store, expert_ids, count, num_rows, after=None):
     size = expert_ids.size
     named = jnp.arange(size) < count
     experts = [jax.lax.dynamic_index_in_dim(store, jnp.where(named, expert_ids, 0)[p]) for p in range(size)]

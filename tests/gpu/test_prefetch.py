@@ -62,7 +62,7 @@ def program(demand):
     def run(x, store, slots, plans, guesses, num_rows, chain):
         for plan, guess in zip(plans, guesses, strict=True):
             count = jnp.where(x[0, 0] > jnp.inf, 0, guess.size)  # known when x is
-            come = prefetch(store, guess, count, num_rows)
+            come = prefetch(store, guess, count, num_rows, x)
             for weights in chain:
                 x = jnp.tanh(x @ weights)
             y, slots = demand(x, store, slots, plan, come)

@@ -59,10 +59,10 @@ def tile_size(config: Config, dtype: str = "bfloat16") -> int:
     return tiling(ROWS_OF_SMALL * SMALL.width, jnp.dtype(dtype).itemsize, config.tile_bytes).size
 
 
-def check(prefetch, spec: PrefetchSpec) -> Arrivals:
+def check(prefetch, spec: PrefetchSpec, *after: jax.Array) -> Arrivals:
     expert_ids, count, num_rows = spec.make()
     store = make_store(spec.store_shape, spec.dtype)
-    got = prefetch(store, *map(jnp.asarray, (expert_ids, count, num_rows)))
+    got = prefetch(store, *map(jnp.asarray, (expert_ids, count, num_rows)), *after)
     assert got.weights.shape == (spec.size, *spec.store_shape[1:])
     assert got.weights.dtype == store.dtype
     left, rows_of_expert = spec.num_rows, 3 * spec.num_hidden
@@ -86,6 +86,12 @@ def test_the_reference_brings_the_first_rows(spec: PrefetchSpec) -> None:
 @pytest.mark.parametrize("spec", [spec.scaled(64) for spec in SPECS], ids=NAMES)
 def test_the_kernel_brings_the_first_rows(spec: PrefetchSpec) -> None:
     check(interpreted(mosaic_gpu.prefetch, Config(num_blocks=2, tile_bytes=2048)), spec)
+
+
+def test_what_it_waits_for_is_not_read() -> None:
+    config, waited_for = Config(num_blocks=2, tile_bytes=64), jnp.full((3, 5), jnp.nan)
+    check(interpreted(mosaic_gpu.prefetch, config), SMALL, waited_for)
+    check(jax.jit(api.prefetch), SMALL, waited_for)
 
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
