@@ -45,6 +45,7 @@ def load(
     fingerprint = manifest.fingerprint if delta is None else delta.fingerprint
     config = as_run(manifest.config)
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
+    prefetches = runtime.prefetch != "off"  # calibrated are the checkpoint's own routers alone
     return Engine.start(
         config,
         runtime,
@@ -53,7 +54,7 @@ def load(
         fingerprint=fingerprint,
         experience_file=_experience_file(fingerprint, runtime),
         affinity_files=_affinity_files(None if delta else path, fingerprint),
-        calibration=_calibration(None if delta else path, config, runtime, fingerprint, announce),
+        calibration=load_calibration(path, config, announce) if prefetches and delta is None else None,
         tokenizer=_tokenizer(path, announce),
         generation_defaults=_generation_defaults(path),
     )
@@ -70,14 +71,10 @@ def _affinity_files(path: Path | None, fingerprint: str) -> tuple[Path, ...]:
     return *beside, sources.cache_dir() / "affinity" / f"{fingerprint[:16]}.npz"
 
 
-def _calibration(
-    path: Path | None, config: ModelConfig, runtime: RuntimeConfig, fingerprint: str, announce: Announce | None
-) -> Calibration | None:
-    """What lies beside the checkpoint, if that is to prefetch, and runs with its own routers (else None)."""
-    if runtime.prefetch == "off":
-        return None
-    file = None if path is None else file_beside(path)
-    found = read_calibration(file, config, fingerprint) if file and file.is_file() else None
+def load_calibration(path: Path, config: ModelConfig, announce: Announce | None = None) -> Calibration | None:
+    """What a prefetch guesses with, if it lies beside the converted checkpoint. Raises as `read_calibration`."""
+    file = file_beside(path)
+    found = read_calibration(file, config, checkpoint.read_manifest(path).fingerprint) if file.is_file() else None
     if announce:
         guesses = "the next layer's router: no calibration of these weights" if found is None else file
         announce(f"prefetch guesses with {guesses}")

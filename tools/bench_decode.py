@@ -18,6 +18,7 @@ crossed the link), and `wasted_mb` what it did not. With --prefetch-experts 0 no
 
 import argparse
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -41,7 +42,7 @@ from jmoe.experts.residency import init_residency
 from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import prompt_chunks
-from jmoe.loading import load_weights
+from jmoe.loading import load_calibration, load_weights
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
@@ -150,6 +151,8 @@ class Bench:
         memory.configure_backend(self.config)
         self.ceiling, self.hbm_gbps = memory.measure_link_gbps(), memory_gbps()
         self.weights = self._weights(path)
+        say = functools.partial(print, flush=True)
+        self.calibration = load_calibration(path, self.config, say) if path and args.prefetch != "off" else None
 
     def _weights(self, path: Path | None):
         start = time.perf_counter()
@@ -190,7 +193,8 @@ class Bench:
         """Through the slots, with this share of each layer's experts in them; of each layer so many come early."""
 
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
-        engine = Engine.start(self.config, self.runtime(slots, prefetch_experts), lambda: self.weights)
+        runtime = self.runtime(slots, prefetch_experts)
+        engine = Engine.start(self.config, runtime, lambda: self.weights, calibration=self.calibration)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
