@@ -33,6 +33,7 @@ from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.prefetch.api import COMPILER_OPTIONS, prefetch
 from kernels_pallas.prefetch.arrivals import Arrivals
 from tools.bench_expert_mlp import random_slots
+from tools.command import exit_code
 
 CALLS = 16  # in the body of a loop, each with a plan of its own
 ROUNDS = 8  # of the loop: what starting the program costs is shared by as many
@@ -44,13 +45,7 @@ SHARES = {"none_came": 0.0, "half_came": 0.5, "one_came": 1.0}  # of the first m
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,18 +42,14 @@ from jmoe.tokenizer import load_tokenizer
 from jmoe.training.prefetch import EstimatorTraining, observe
 from jmoe.training.prefetch_calibration import Params, Split, calibrate, held_out_recall
 from jmoe.training.prefetch_recall import of_missing
+from tools.command import exit_code
 from tools.measure_routing import load_resident, read_documents
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parse(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

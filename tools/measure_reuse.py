@@ -29,6 +29,7 @@ from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.router_delta import RouterDelta
 from jmoe.tokenizer import load_tokenizer
 from jmoe.traces import Trace
+from tools.command import exit_code
 from tools.measure_routing import load_resident, read_documents, record, slot_counts
 from tools.simulate_residency import hit_rates, split, steps_of
 
@@ -38,12 +39,7 @@ BEFORE, AFTER = "before", "after"
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parse(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

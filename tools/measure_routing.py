@@ -34,6 +34,7 @@ from jmoe.decoding.step import COMPILER_OPTIONS, forward_routed
 from jmoe.routing_stats import RoutingSummary, summarize
 from jmoe.tokenizer import Tokenizer, load_tokenizer
 from tools import stdlib_corpus
+from tools.command import exit_code
 
 TOP_FRACTIONS = (0.10, 0.25)  # of the experts
 DEAD_SHARE = 0.01  # of a uniform share; an expert with less is called dead
@@ -42,12 +43,7 @@ DEAD_SHARE = 0.01  # of a uniform share; an expert with less is called dead
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parse(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

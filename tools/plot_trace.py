@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.command import exit_code
 from tools.profile_decode import OTHER, SCOPES, Kernel, kernels
 
 # Distinct to the colour-blind (Okabe and Ito).
@@ -21,13 +22,7 @@ COLOURS = ("#0072B2", "#999999", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#E
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

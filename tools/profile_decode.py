@@ -23,6 +23,7 @@ from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.step import Steps
 from jmoe.engine import Engine
+from tools.command import exit_code
 from tools.random_weights import random_weights
 from tools.workload import Lengths, random_workload
 
@@ -58,13 +59,7 @@ class Kernel:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

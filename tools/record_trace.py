@@ -23,6 +23,7 @@ from jmoe.stats import ExpertCounts
 from jmoe.tokenizer import load_tokenizer
 from jmoe.traces import Trace
 from tools.bench_decode import PROMPTS
+from tools.command import exit_code
 from tools.workload import Lengths, Request, make_workload, read_prompts
 
 WIDEST = 8  # drawn lengths are clipped to this factor above and below the median
@@ -31,12 +32,7 @@ WIDEST = 8  # drawn lengths are clipped to this factor above and below the media
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parser().parse_args(arguments)
-    try:
-        print(_run(options))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda options: print(_run(options)), options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,6 +33,7 @@ from jmoe.experts.experience import carry_over
 from jmoe.experts.policies import POLICIES
 from jmoe.experts.residency import NONE, Counters, LayerResidency, Residency, admit, init_residency
 from jmoe.traces import Trace
+from tools.command import exit_code
 
 OPTIMUM, UNTAUGHT = "optimum", "untaught"
 
@@ -40,12 +41,7 @@ OPTIMUM, UNTAUGHT = "optimum", "untaught"
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parse(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, options)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

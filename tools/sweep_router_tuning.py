@@ -35,6 +35,7 @@ from jmoe.training.router_tuning import Knobs, Terms, Tuner
 from jmoe.training.texts import prepare
 from jmoe.training.tuning_loop import tokens_of
 from jmoe.tune_router import load_subject, say, tuning_of
+from tools.command import exit_code
 from tools.tune_router import read_stdlib
 
 ROWS = Path(__file__).parent.parent / "configs" / "training" / "router_sweep.toml"
@@ -44,13 +45,7 @@ LRU_WINDOWS = 32  # of the held-out text, for the hit rate: it is counted on the
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

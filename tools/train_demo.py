@@ -30,6 +30,7 @@ from jmoe.training.config import TrainingConfig
 from jmoe.training.loop import Evaluation, HeldOut, Outcome, fit
 from jmoe.training.step import Losses, Params, Trainer
 from tools import demo_card
+from tools.command import exit_code
 from tools.measure_routing import layer_columns, record
 from tools.stdlib_corpus import read_files, stdlib_root
 
@@ -40,13 +41,7 @@ MAX_SHARD_BYTES = 14_500_000  # and headers: below 15 MB
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
