@@ -14,8 +14,8 @@ Prints recall, the share of a token's true experts among the guesses, by predict
   router           the next layer's router on this layer's residual stream
   default_vectors  the same, after the default vectors of this layer's experts are added
   estimator        the same, after a small network corrected it; - for layers that have none
-  hybrid           for each layer the best of the three before, as the deciding documents say
-  after_experts    the layer's own router on the residual stream before its attention: what the engine prefetches by
+  hybrid           for each layer the best of the three before, as the deciding documents say: what the engine uses
+  after_experts    the layer's own router on the residual stream before its attention: for comparison, known too late
   … +2             two layers ahead
 
 Then, for each of --slot-shares, how often the best guess among the experts that are not resident is asked for, where

@@ -52,8 +52,8 @@ class Guess:
 def pays(layout: SlotLayout, num_choices: int) -> bool:
     """Whether steps that admit, and make so many choices a layer, have anything to prefetch for.
 
-    They have not where every expert is resident, nor where a layer may ask for more experts than it has slots: then
-    what comes for one expert takes the place of another that the same step needs.
+    They have not where every expert is resident, nor where a layer may ask for more experts than it has slots: what
+    has no slot then goes through the staging slots, which take nothing that came early.
     """
     return not layout.all_resident and min(num_choices, layout.num_experts) <= layout.slots_per_layer
 

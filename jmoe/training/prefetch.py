@@ -27,8 +27,8 @@ class Observation:
     """What the L MoE layers saw and chose, of N tokens of one or several sequences, in order.
 
     `residuals` are r_l: what the norm before the router gets. `early_logits` are what the router would have said before
-    the layer's attention. `output_sums` adds up each expert's output over the
-    tokens that chose it, unweighted, float32; `num_chosen` counts them.
+    the layer's attention. `output_sums` adds up each expert's output over the tokens that chose it, unweighted,
+    float32; `num_chosen` counts them.
     """
 
     residuals: Float[Array, "L N D"]

@@ -75,7 +75,7 @@ def num_choices(sequences: Sequence[Observation]) -> int:
 
 
 def of_after_experts(sequences: Sequence[Observation], num_guesses: int) -> np.ndarray:
-    """Recall by layer, [L], of what its router says once the layers before are done: what the engine prefetches by."""
+    """Recall by layer, [L], of what its router says once the layers before are done: for comparison."""
     pairs = [zip(seen.early_logits, seen.expert_ids, strict=True) for seen in sequences]
     found = [[int(num_found(logits[1:], ids[1:], num_guesses)) for logits, ids in layers] for layers in pairs]
     return np.sum(found, axis=0) / num_choices(sequences)
