@@ -11,6 +11,7 @@ import numpy as np
 
 from jmoe import memory
 from jmoe.announcement import device_line, policy_line
+from jmoe.batch import prompt_chunks
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.speculative import SpeculativeSteps
@@ -22,7 +23,7 @@ from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.prefetch_file import Calibration
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
-from jmoe.generation import Generation, prompt_chunks
+from jmoe.generation import Generation
 from jmoe.model.families import trunk_shapes
 from jmoe.prefetching import predictor_of, prefetching, prefetching_line
 from jmoe.tokenizer import Tokenizer

@@ -1,49 +1,18 @@
 """One call of `Engine.generate`: prefill, then decode chunk by chunk, with text as it comes."""
 
-import dataclasses
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jmoe import prefetching
+from jmoe.batch import Batch
 from jmoe.clock import Clock
 from jmoe.completions import Completion, Delta, PromptInProgress
-from jmoe.decoding.contest import Choice
-from jmoe.decoding.emitted import Emitted, Routed
-from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
-from jmoe.decoding.speculative import Verified
-from jmoe.decoding.step import Chunk, DecodeState
-from jmoe.drafting import Drafting
-from jmoe.experts.draft import DraftSet
-from jmoe.experts.residency import Counters
-from jmoe.stats import DecodeCalls, ExpertCounts, GenerationStats, read_counts
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.stats import GenerationStats
 from jmoe.tokenizer import TextStream
 from jmoe.traces import Recording, Trace
 
 if TYPE_CHECKING:
     from jmoe.engine import Engine
-
-LIVE_S = 0.1  # how often text should appear
-SMALLEST_CHUNK = 16  # prefill compiles for powers of two from here to the plan's prefill_chunk
-
-
-def prompt_chunks(prompts: Sequence[Sequence[int]], prefill_chunk: int) -> Iterator[Chunk]:
-    """The prompts as chunks of one shape: the smallest power of two that holds them, or `prefill_chunk`."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths.max())
-    size = min(prefill_chunk, max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-    for start in range(0, longest, size):
-        token_ids = np.zeros((len(prompts), size), np.int32)
-        for row, prompt in zip(token_ids, prompts, strict=True):
-            part = prompt[start : start + size]
-            row[: len(part)] = part
-        ends = (lengths > start) & (lengths <= start + size)
-        num_valid = np.clip(lengths - start, 0, size)
-        yield Chunk(*(jnp.asarray(field) for field in (token_ids, num_valid, ends, lengths)))
 
 
 class Generation:
@@ -111,7 +80,7 @@ def _run_batch(
     for sequence, request in zip(sequences, requests, strict=True):
         sequence.budget = min(request.max_new_tokens, engine.plan.max_seq_len - len(sequence.prompt))
     budget = [sequence.budget for sequence in sequences]
-    batch = _Batch(engine, sequences, requests, engine.new_state(len(sequences), budget), clock)
+    batch = Batch(engine, sequences, requests, engine.new_state(len(sequences), budget), clock)
     try:
         batch.compile()
         yield from batch.prefill()
@@ -120,181 +89,3 @@ def _run_batch(
         yield from (sequence.flush() for sequence in sequences)
     finally:
         batch.close()
-
-
-class _Batch:
-    """The device side of a batch: calls the jitted steps and takes their tokens apart."""
-
-    def __init__(self, engine: "Engine", sequences, requests, state: DecodeState, clock: Clock):
-        self.engine, self.sequences, self.state, self.clock = engine, sequences, state, clock
-        self.sampling = batch_sampling(requests, engine.eos_ids)
-        self.mode = sampling_mode(requests)
-        self.finished = False
-        self.drafting = engine.drafting
-        pays = prefetching.pays(engine.config, engine.plan, len(sequences))
-        self.prefetching = engine.prefetching if pays else None
-        self._draft_set: DraftSet | None = None
-        self._num_active = len(sequences)
-        self._before = read_counts(state.experts.residency)
-        self._seen = self._before[1]
-        self._step_s: dict[int, float] = {}  # the last call's, by the number of drafted tokens
-
-    def compile(self) -> None:
-        """Compiles what this batch needs, by steps that do nothing: a chunk without tokens, a decode of no step."""
-        engine, chunk = self.engine, next(self._chunks())
-        shape = (chunk.token_ids.shape, self.mode)
-        if shape in engine.compiled:
-            return
-        start = time.perf_counter()
-        engine.announce(f"compiling for {shape[0][0]} sequence(s), prompts {shape[0][1]} tokens at a time")
-        nothing = jnp.zeros_like(chunk.num_valid)
-        self._prefill(dataclasses.replace(chunk, num_valid=nothing, is_last=nothing.astype(bool)))
-        if self.drafting:
-            self._cycles(self.drafting, Choice(1), 0)
-        if self.drafting is None or self.drafting.has_plain_steps:
-            for choice in self.prefetching.programs if self.prefetching else [Choice(0)]:
-                self._decode(choice, 0)
-        jax.block_until_ready(self.state)
-        engine.compiled.add(shape)
-        self.clock.compile_s += time.perf_counter() - start
-
-    def _chunks(self) -> Iterator[Chunk]:
-        prompts = [sequence.prompt for sequence in self.sequences]
-        return prompt_chunks(prompts, self.engine.plan.prefill_chunk)
-
-    def _prefill(self, chunk: Chunk) -> Routed | None:
-        weights, steps = self.engine.weights, self.engine.steps
-        self.state, routed = steps.prefill(
-            weights.params, weights.store, self.state, chunk, self.sampling, mode=self.mode
-        )
-        return routed
-
-    def _decode(self, choice: Choice, num_steps: int) -> Emitted:
-        weights, steps = self.engine.weights, self.engine.steps
-        inputs = weights.params, weights.store, self.state, self.sampling, jnp.asarray(num_steps, jnp.int32)
-        static = {"capacity": self.engine.runtime.decode_chunk, "mode": self.mode}
-        if self.prefetching and choice.number:
-            ahead = self.engine.predictor, jnp.asarray(choice.number, jnp.int32)
-            most = self.prefetching.num_experts
-            self.state, emitted = steps.decode_prefetching(*inputs, *ahead, prefetch_experts=most, **static)
-        else:
-            self.state, emitted = steps.decode(*inputs, **static)
-        return emitted
-
-    def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
-        weights, steps = self.engine.weights, drafting.steps
-        draft_set = self._draft_set or steps.start(self.state.experts, drafting.distances)
-        numbers = (jnp.asarray(number, jnp.int32) for number in (choice.number, num_cycles))
-        self.state, self._draft_set, verified = steps.decode(
-            weights.params,
-            weights.store,
-            self.state,
-            draft_set,
-            drafting.distances,
-            self.sampling,
-            *numbers,
-            capacity=drafting.num_cycles(self.engine.runtime.decode_chunk),
-            mode=self.mode,
-        )
-        return verified
-
-    def prefill(self) -> Iterator[Delta]:
-        start = time.perf_counter()
-        for chunk in self._chunks():
-            self._record(jax.device_get(self._prefill(chunk)), is_prefill=True)
-        state = self.state
-        tokens, logprobs, done = jax.device_get((state.last_tokens, state.last_logprobs, state.done))
-        self.clock.ttft_s = self.clock.ttft_s or time.perf_counter() - start
-        self.clock.num_prompt_tokens += sum(len(sequence.prompt) for sequence in self.sequences)
-        yield from self._hand_out(tokens[:, None], logprobs[:, None], done)
-
-    def decode(self) -> Iterator[Delta]:
-        """One call of a jitted step: plain steps, or cycles."""
-        chooser = self.drafting or self.prefetching
-        choice = chooser.choose(self._num_active) if chooser else Choice(0)
-        if self.drafting and choice.number:
-            yield from self._decode_drafted(self.drafting, choice)
-        else:
-            yield from self._decode_plain(choice)
-
-    def _decode_plain(self, choice: Choice) -> Iterator[Delta]:
-        start, capacity = time.perf_counter(), self.engine.runtime.decode_chunk
-        emitted = self._decode(choice, self._num_steps(choice, capacity))
-        self._draft_set = None  # its experts may lose their slots
-        emitted, done, experts = jax.device_get((emitted, self.state.done, self._counters()))  # together: one wait
-        num_steps = int(emitted.num_steps)
-        self._record(jax.tree.map(lambda steps: steps[:num_steps], emitted.routed), is_prefill=False)
-        if self.prefetching:
-            self.clock.add_prefetch(emitted.prefetched, num_steps, choice.number, self.engine.config)
-        tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
-        num_tokens = int((tokens != NO_TOKEN).sum())
-        counts = {"num_tokens": num_tokens, "num_verifications": num_tokens}
-        self._count(choice, num_steps, time.perf_counter() - start, experts, counts)
-        yield from self._hand_out(tokens, logprobs, done)
-
-    def _decode_drafted(self, drafting: Drafting, choice: Choice) -> Iterator[Delta]:
-        start, capacity = time.perf_counter(), drafting.num_cycles(self.engine.runtime.decode_chunk)
-        verified = self._cycles(drafting, choice, self._num_steps(choice, capacity))
-        verified, done, experts = jax.device_get((verified, self.state.done, self._counters()))
-        names = ("num_verifications", "proposed", "accepted")
-        counts = {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
-        took = time.perf_counter() - start
-        self._count(choice, int(verified.num_cycles), took, experts, counts)
-        yield from self._hand_out(verified.token_ids, verified.logprobs, done)
-
-    def _counters(self) -> Counters | None:
-        """Asked for where there is a choice, or stats, that goes by them."""
-        learns = self.drafting or (self.prefetching and self.prefetching.learns)
-        return self.state.experts.residency.decode if learns else None
-
-    def _count(self, choice: Choice, num_steps: int, seconds: float, counters: Counters | None, counts: dict) -> None:
-        number, drafting = choice.number, self.drafting
-        self._step_s[number] = seconds / max(1, num_steps)
-        self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
-        if counters is None:
-            return
-        experts, self._seen = ExpertCounts.read(counters) - self._seen, ExpertCounts.read(counters)
-        drafted = number if drafting else 0
-        call = DecodeCalls(num_draft_tokens=drafted, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
-        if drafting:
-            drafting.record(self._num_active, call)
-            self.clock.add_call(call)
-        elif self.prefetching:
-            self.prefetching.record(self._num_active, number, call)
-
-    def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
-        if routed is not None and self.clock.recording is not None:
-            requests = [sequence.index for sequence in self.sequences]
-            ids, weights = np.asarray(routed.expert_ids), np.asarray(routed.combine_weights)
-            self.clock.recording.add(ids, weights, requests, is_prefill=is_prefill)
-
-    def _num_steps(self, choice: Choice, capacity: int) -> int:
-        """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches."""
-        capacity = min(capacity, choice.num_steps or capacity)
-        step_s = self._step_s.get(choice.number)
-        return capacity if not self.clock.is_live else 1 if step_s is None else min(capacity, _fitting(step_s))
-
-    def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray, done: np.ndarray) -> Iterator[Delta]:
-        stopped = np.zeros(len(self.sequences), bool)
-        for n, sequence in enumerate(self.sequences):
-            real = tokens[n] != NO_TOKEN
-            if real.any() and not sequence.stopped:
-                yield sequence.push(tokens[n][real].tolist(), logprobs[n][real].tolist())
-            stopped[n] = sequence.stopped
-        if (stopped & ~done).any():
-            committed = jax.device_put(done | stopped, jax.devices()[0])  # as a step returns it, see init_state
-            self.state = dataclasses.replace(self.state, done=committed)
-        self._num_active = int((~(done | stopped)).sum())
-        self.finished = self._num_active == 0
-
-    def close(self) -> None:
-        if not self.state.experts.is_deleted():
-            prefill, decode = read_counts(self.state.experts.residency)
-            self.clock.prefill = self.clock.prefill + prefill - self._before[0]
-            self.clock.decode = self.clock.decode + decode - self._before[1]
-        self.engine.give_back(self.state)
-
-
-def _fitting(step_s: float) -> int:
-    """How many steps fill LIVE_S; one at least."""
-    return max(1, int(LIVE_S / step_s))

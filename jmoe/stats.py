@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from jmoe.experts.residency import Counters, Residency
@@ -20,7 +21,7 @@ class ExpertCounts:
     @classmethod
     def read(cls, counters: Counters) -> "ExpertCounts":
         """Waits for the device."""
-        values = (counters.hits, counters.fetched, counters.streamed)
+        values = jax.device_get((counters.hits, counters.fetched, counters.streamed))  # together: one wait
         hits, fetched, streamed = (int(np.asarray(value, np.int64).sum()) for value in values)
         return cls(hits=hits, fetched=fetched, streamed=streamed)
 
@@ -171,7 +172,8 @@ _NO_CALLS = DecodeCalls(
 
 def read_counts(residency: Residency) -> tuple[ExpertCounts, ExpertCounts]:
     """(prefill, decode) so far."""
-    return ExpertCounts.read(residency.prefill), ExpertCounts.read(residency.decode)
+    prefill, decode = jax.device_get((residency.prefill, residency.decode))
+    return ExpertCounts.read(prefill), ExpertCounts.read(decode)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,8 +181,8 @@ class GenerationStats:
     """Of one call of `Engine.generate`. Decode figures leave out the first token, which prefill produces.
 
     `compile_s` is spent once for each shape, before the other clocks start. `decode_calls` are the (steps, seconds) of
-    each call of a jitted step; what the caller does between them does not count. With drafts, a cycle is a step, and
-    `drafts` says how they did; `prefetch` is None where nothing was prefetched.
+    each call of a jitted step: from when it was asked for, or the call before it ended, to its result. With drafts, a
+    cycle is a step, and `drafts` says how they did; `prefetch` is None where nothing was prefetched.
     """
 
     num_prompt_tokens: int

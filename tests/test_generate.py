@@ -277,7 +277,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at_call: int) -> None:
 
 def test_an_interruption_keeps_what_was_generated(run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = run("--prompt", "Hello", "--quiet", *PLENTY)
-    monkeypatch.setattr(jmoe.generation, "LIVE_S", 0)  # a token at a time
+    monkeypatch.setattr(jmoe.batch, "LIVE_S", 0)  # a token at a time
     interrupt(monkeypatch, at_call=10)
     out, err = run("--prompt", "Hello", *PLENTY, code=generate.INTERRUPTED)
     assert out.removesuffix("\n")

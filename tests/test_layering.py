@@ -33,6 +33,7 @@ ROWS = (
 )
 PART_OF = {
     "jmoe.announcement": "jmoe.engine",
+    "jmoe.batch": "jmoe.engine",
     "jmoe.clock": "jmoe.engine",
     "jmoe.drafting": "jmoe.engine",
     "jmoe.completions": "jmoe.engine",

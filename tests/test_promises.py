@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.batch import prompt_chunks
 from jmoe.decoding.sampling import SamplingParams, batch_sampling
 from jmoe.decoding.step import Steps, forward_resident, init_state
 from jmoe.experts.residency import init_residency
 from jmoe.experts.slots import ExpertSlots
-from jmoe.generation import prompt_chunks
 from jmoe.model.kv_cache import init_kv_cache
 from tests import models
 from tests.models import MAX_SEQ_LEN, SMALL

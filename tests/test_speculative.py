@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.batch import prompt_chunks
 from jmoe.config import RopeConfig
 from jmoe.decoding.sampling import NO_TOKEN, SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.speculative import SpeculativeSteps, Verified
@@ -16,7 +17,6 @@ from jmoe.engine import Engine
 from jmoe.experts import draft
 from jmoe.experts.draft import DraftConfig, expert_distances, hottest, nearest_kept, rerouted, substituted
 from jmoe.experts.residency import NONE
-from jmoe.generation import prompt_chunks
 from jmoe.model.router import Routing
 from tests import models
 from tests.models import SMALL

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 
 from jmoe import routing_stats
+from jmoe.batch import prompt_chunks
 from jmoe.decoding.sampling import SamplingParams, batch_sampling
 from jmoe.decoding.step import Steps, forward_routed
-from jmoe.generation import Generation, prompt_chunks
+from jmoe.generation import Generation
 from jmoe.traces import Recording, Trace
 from tests import models
 from tests.models import MAX_SEQ_LEN, SMALL

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import jmoe
 from jmoe import checkpoint, sources
+from jmoe.batch import prompt_chunks
 from jmoe.config import DTYPES
 from jmoe.decoding.sampling import Sampling, SamplingParams, batch_sampling, truncate
 from jmoe.decoding.speculative import SpeculativeSteps
@@ -36,7 +37,6 @@ from jmoe.engine import Engine
 from jmoe.experts import draft
 from jmoe.experts.draft import DraftConfig, DraftExperts, DraftSet
 from jmoe.experts.layer import tokens_of_experts
-from jmoe.generation import prompt_chunks
 from jmoe.model.kv_cache import KVCache
 from tools.bench_decode import PROMPTS
 from tools.workload import Lengths, make_workload, read_prompts

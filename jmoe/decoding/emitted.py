@@ -29,6 +29,7 @@ class Routed:
 class Emitted:
     """Tokens of one decode call, [B, n]; NO_TOKEN where a sequence was done. `num_steps` of the n columns are used.
 
+    `done` says which sequences are at the end of the call, None until then: a later call takes the state, which knows.
     `routed`, of `num_steps` steps of one token, is None unless the steps record; `prefetched`, of all of them together,
     None unless they prefetch.
     """
@@ -36,6 +37,7 @@ class Emitted:
     token_ids: Int[Array, "B n"]
     logprobs: Float[Array, "B n"]
     num_steps: Int[Array, ""]
+    done: Bool[Array, " B"] | None = None
     routed: Routed | None = None
     prefetched: Prefetched | None = None
 

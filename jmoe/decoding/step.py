@@ -72,9 +72,13 @@ class Chunk:
     prompt_lengths: Int[Array, " B"]
 
 
-# XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of it.
-# It makes none of these steps faster (docs/benchmarks.md).
-COMPILER_OPTIONS = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+COMPILER_OPTIONS = {
+    # XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of
+    # it. It makes none of these steps faster (docs/benchmarks.md).
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+    # XLA's own list and its loops: a whole call is one CUDA graph, whose turns wait for no host.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+}
 PREFETCH_COMPILER_OPTIONS = {**COMPILER_OPTIONS, **prefetch_api.COMPILER_OPTIONS}
 
 
@@ -240,7 +244,8 @@ class Steps:
             state, routings, counts = self._decode_step(params, store, state, sampling, prefetch, mode)
             return state, emit(emitted, state.last_tokens, state.last_logprobs, was_done, routings, counts)
 
-        return jax.lax.while_loop(unfinished, step, (state, emitted))
+        state, emitted = jax.lax.while_loop(unfinished, step, (state, emitted))
+        return state, dataclasses.replace(emitted, done=state.done)
 
     def _room_for_routing(self, num_steps: int, batch_size: int) -> Routed:
         shape = num_steps, self.layout.num_layers, batch_size, 1, self.config.num_experts_per_tok
