@@ -46,11 +46,16 @@ def prompt_chunks(prompts: Sequence[Sequence[int]], prefill_chunk: int) -> Itera
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Plain steps that the device was asked for, at `start` by the clock of this process."""
+    """A call of a jitted step that the device was asked for, at `start` by this process's clock, and what comes of it.
 
-    emitted: Emitted
-    counters: Counters | None
+    At most `num_steps` steps, or cycles, chosen when as many sequences as `num_active` were known not to be done.
+    """
+
+    choice: Choice
+    num_active: int
+    num_steps: int
     start: float
+    result: Emitted | Verified
 
 
 class Batch:
@@ -66,9 +71,7 @@ class Batch:
         self.prefetching = engine.prefetching if pays else None
         self._draft_set: DraftSet | None = None
         self._next: _Call | None = None
-        self._steps_left = max(sequence.budget for sequence in sequences) - 1  # prefill makes the first token
-        # A call that goes by the figures of the last one, or that its text may make needless, waits for it.
-        self._runs_ahead = not self._learns and not any(request.stop for request in requests)
+        self._runs_ahead = not any(request.stop for request in requests)  # their text may make a call needless
         self._last_end = 0.0
         self._num_active = len(sequences)
         self._before = read_counts(state.experts.residency)
@@ -145,69 +148,59 @@ class Batch:
         yield from self._hand_out(tokens[:, None], logprobs[:, None], done)
 
     def decode(self) -> Iterator[Delta]:
-        """One call of a jitted step: plain steps, or cycles."""
-        chooser = self.drafting or self.prefetching
-        choice = chooser.choose(self._num_active) if chooser else Choice(0)
-        if self.drafting and choice.number:
-            yield from self._decode_drafted(self.drafting, choice)
-        else:
-            yield from self._decode_plain(choice)
+        """The tokens of one call of a jitted step: plain steps, or cycles.
 
-    def _begin(self, choice: Choice) -> _Call:
-        start, num_steps = time.perf_counter(), self._num_steps(choice, self.engine.runtime.decode_chunk)
-        emitted = self._decode(choice, num_steps)
-        self._draft_set = None  # its experts may lose their slots
-        self._steps_left -= num_steps
-        return _Call(emitted, self._counters(), start)
-
-    def _decode_plain(self, choice: Choice) -> Iterator[Delta]:
-        call, self._next = self._next or self._begin(choice), None
-        if self._runs_ahead and self._steps_left > 0:
-            self._next = self._begin(choice)  # the device goes on while the host takes this one's tokens apart
-        emitted, experts = jax.device_get((call.emitted, call.counters))  # together: one wait
-        num_steps = int(emitted.num_steps)
-        self._record(jax.tree.map(lambda steps: steps[:num_steps], emitted.routed), is_prefill=False)
-        if self.prefetching:
-            self.clock.add_prefetch(emitted.prefetched, num_steps, choice.number, self.engine.config)
-        tokens, logprobs = emitted.token_ids[:, :num_steps], emitted.logprobs[:, :num_steps]
-        num_tokens = int((tokens != NO_TOKEN).sum())
-        counts = {"num_tokens": num_tokens, "num_verifications": num_tokens}
+        The next call is asked for before: the device goes on while the host takes this one's tokens apart. After a try
+        (see `jmoe.decoding.contest`) what to do next depends on how it went.
+        """
+        call, self._next = self._next or self._begin(), None
+        is_try = call.choice.num_steps is not None
+        if self._runs_ahead and not is_try and self._tokens_left > call.num_steps:
+            self._next = self._begin()
+        result = jax.device_get(call.result)  # all of it together: one wait
         start, self._last_end = max(call.start, self._last_end), time.perf_counter()
-        self._count(choice, num_steps, self._last_end - start, experts, counts)
-        yield from self._hand_out(tokens, logprobs, emitted.done)
-
-    def _decode_drafted(self, drafting: Drafting, choice: Choice) -> Iterator[Delta]:
-        start, capacity = time.perf_counter(), drafting.num_cycles(self.engine.runtime.decode_chunk)
-        verified = self._cycles(drafting, choice, self._num_steps(choice, capacity))
-        verified, done, experts = jax.device_get((verified, self.state.done, self._counters()))
-        names = ("num_verifications", "proposed", "accepted")
-        counts = {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
-        took = time.perf_counter() - start
-        self._count(choice, int(verified.num_cycles), took, experts, counts)
-        yield from self._hand_out(verified.token_ids, verified.logprobs, done)
+        if isinstance(result, Verified):
+            num_steps, counts = int(result.num_cycles), _counts_of_drafts(result)
+        else:
+            num_steps, counts = int(result.num_steps), _counts_of_steps(result)
+            self._record(jax.tree.map(lambda steps: steps[:num_steps], result.routed), is_prefill=False)
+            if self.prefetching:
+                number = call.choice.number
+                self.clock.add_prefetch(result.prefetched, num_steps, number, self.engine.config)
+        assert result.counters is not None  # a call has ended
+        self._count(call, num_steps, self._last_end - start, result.counters, counts)
+        yield from self._hand_out(*map(np.asarray, (result.token_ids, result.logprobs, result.done)))
 
     @property
-    def _learns(self) -> bool:
-        """Whether there is a choice, or stats, that goes by the figures of each call."""
-        return bool(self.drafting or (self.prefetching and self.prefetching.learns))
+    def _tokens_left(self) -> int:
+        """The most that a sequence may still produce, as far as is known."""
+        return max(sequence.budget - len(sequence.token_ids) for sequence in self.sequences)
 
-    def _counters(self) -> Counters | None:
-        return self.state.experts.residency.decode if self._learns else None
+    def _begin(self) -> _Call:
+        start, drafting, capacity = time.perf_counter(), self.drafting, self.engine.runtime.decode_chunk
+        chooser = drafting or self.prefetching
+        choice = chooser.choose(self._num_active) if chooser else Choice(0)
+        if drafting and choice.number:
+            num_steps = self._num_steps(choice, drafting.num_cycles(capacity))
+            result = self._cycles(drafting, choice, num_steps)
+        else:
+            num_steps = self._num_steps(choice, capacity)
+            result = self._decode(choice, num_steps)
+            self._draft_set = None  # its experts may lose their slots
+        return _Call(choice, self._num_active, num_steps, start, result)
 
-    def _count(self, choice: Choice, num_steps: int, seconds: float, counters: Counters | None, counts: dict) -> None:
-        number, drafting = choice.number, self.drafting
+    def _count(self, asked: _Call, num_steps: int, seconds: float, counters: Counters, counts: dict) -> None:
+        number, drafting = asked.choice.number, self.drafting
         self._step_s[number] = seconds / max(1, num_steps)
         self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
-        if counters is None:
-            return
         experts, self._seen = ExpertCounts.read(counters) - self._seen, ExpertCounts.read(counters)
         drafted = number if drafting else 0
         call = DecodeCalls(num_draft_tokens=drafted, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
         if drafting:
-            drafting.record(self._num_active, call)
+            drafting.record(asked.num_active, call)
             self.clock.add_call(call)
         elif self.prefetching:
-            self.prefetching.record(self._num_active, number, call)
+            self.prefetching.record(asked.num_active, number, call)
 
     def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
         if routed is not None and self.clock.recording is not None:
@@ -240,6 +233,16 @@ class Batch:
             self.clock.prefill = self.clock.prefill + prefill - self._before[0]
             self.clock.decode = self.clock.decode + decode - self._before[1]
         self.engine.give_back(self.state)
+
+
+def _counts_of_steps(emitted: Emitted) -> dict[str, int]:
+    num_tokens = int((emitted.token_ids != NO_TOKEN).sum())
+    return {"num_tokens": num_tokens, "num_verifications": num_tokens}
+
+
+def _counts_of_drafts(verified: Verified) -> dict[str, int]:
+    names = ("num_verifications", "proposed", "accepted")
+    return {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
 
 
 def _fitting(step_s: float) -> int:

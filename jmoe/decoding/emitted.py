@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.decoding.sampling import NO_TOKEN
 from jmoe.experts.look_ahead import Prefetched
+from jmoe.experts.residency import Counters
 from jmoe.model.router import Routing
 
 
@@ -29,7 +30,8 @@ class Routed:
 class Emitted:
     """Tokens of one decode call, [B, n]; NO_TOKEN where a sequence was done. `num_steps` of the n columns are used.
 
-    `done` says which sequences are at the end of the call, None until then: a later call takes the state, which knows.
+    `done` says which sequences are at the end of the call, and `counters` which experts decode steps asked for so far;
+    None until then. They are the state's, but a later call takes that.
     `routed`, of `num_steps` steps of one token, is None unless the steps record; `prefetched`, of all of them together,
     None unless they prefetch.
     """
@@ -38,6 +40,7 @@ class Emitted:
     logprobs: Float[Array, "B n"]
     num_steps: Int[Array, ""]
     done: Bool[Array, " B"] | None = None
+    counters: Counters | None = None
     routed: Routed | None = None
     prefetched: Prefetched | None = None
 

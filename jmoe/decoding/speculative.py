@@ -17,6 +17,7 @@ from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample
 from jmoe.decoding.step import COMPILER_OPTIONS, DecodeState, Steps
 from jmoe.experts import draft
 from jmoe.experts.draft import DraftConfig, DraftExperts, DraftSet
+from jmoe.experts.residency import Counters
 from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
 from jmoe.model.kv_cache import KVCache
@@ -28,6 +29,7 @@ class Verified:
     """What cycles emitted: sequence b's tokens are the first `num_tokens[b]` of its row, NO_TOKEN the others.
 
     `num_verifications` counts the sequences of each cycle that were not done; `proposed` and `accepted` drafted tokens.
+    `done` and `counters` are as in `jmoe.decoding.emitted.Emitted`.
     """
 
     token_ids: Int[Array, "B n"]
@@ -37,6 +39,8 @@ class Verified:
     num_verifications: Int[Array, ""]
     proposed: Int[Array, ""]
     accepted: Int[Array, ""]
+    done: Bool[Array, " B"] | None = None
+    counters: Counters | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,9 @@ class SpeculativeSteps:
             state, draft_set, verified = loop
             return self._cycle(params, store, state, draft_set, verified, distances, sampling, num_draft_tokens, mode)
 
-        return jax.lax.while_loop(unfinished, cycle, (state, draft_set, verified))
+        state, draft_set, verified = jax.lax.while_loop(unfinished, cycle, (state, draft_set, verified))
+        at_end = dataclasses.replace(verified, done=state.done, counters=state.experts.residency.decode)
+        return state, draft_set, at_end
 
     def _cycle(
         self,

@@ -245,7 +245,7 @@ class Steps:
             return state, emit(emitted, state.last_tokens, state.last_logprobs, was_done, routings, counts)
 
         state, emitted = jax.lax.while_loop(unfinished, step, (state, emitted))
-        return state, dataclasses.replace(emitted, done=state.done)
+        return state, dataclasses.replace(emitted, done=state.done, counters=state.experts.residency.decode)
 
     def _room_for_routing(self, num_steps: int, batch_size: int) -> Routed:
         shape = num_steps, self.layout.num_layers, batch_size, 1, self.config.num_experts_per_tok
