@@ -67,6 +67,11 @@ def tiling(num_elements: int, itemsize: int, tile_bytes: int) -> Tiling:
     return Tiling(num_rows // rows, rows, columns)
 
 
+def shared_bytes(tile: Tiling, config: Config, itemsize: int) -> int:
+    """What a block has in shared memory, less its barriers."""
+    return config.num_stages * tile.size * itemsize
+
+
 def kernel(body: Callable, tile: Tiling, config: Config, dtype, *, out_type=(), interpret=None):
     """A kernel of `body`, whose last two arguments are what `copy_tiles` needs."""
     return plgpu.kernel(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import tuning
 from kernels_pallas.decode_attention.mosaic_gpu_parts import COMPILER_PARAMS, parts
 from kernels_pallas.decode_attention.shape import LANES, TILE, WARPS, Shape
 
@@ -52,6 +53,12 @@ def problem(qkv, keys, num_heads: int) -> str | None:
     return None
 
 
+def key(shape: Shape) -> tuning.Key:
+    """What a configuration depends on."""
+    sizes = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape) if field.name != "dtype"}
+    return tuning.key("decode_attention", shape.dtype, **sizes)
+
+
 @functools.partial(jax.jit, static_argnames=("num_heads", "sliding_window", "eps", "config", "interpret"))
 def decode_attention(
     qkv,
@@ -67,7 +74,7 @@ def decode_attention(
     num_heads: int,
     sliding_window: int | None,
     eps: float,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret=None,
 ):
     """Raises NotImplementedError where `problem` has an answer."""
@@ -77,6 +84,7 @@ def decode_attention(
         )
     batch, num_positions, num_kv_heads, head_dim = keys.shape
     shape = Shape(batch, num_heads, num_positions, num_kv_heads, head_dim, keys.dtype, sliding_window)
+    config = config or tuning.configured(key(shape), Config())
     num_splits = shape.num_splits(config.num_blocks)
     heads = qkv.reshape(shape.batch, -1, 2, shape.half)
     # The rows of the last KV head's queries, filled up, must lie within the array.
@@ -85,7 +93,7 @@ def decode_attention(
     positions, valid = positions.astype(jnp.int32), (valid & (positions < num_positions)).astype(jnp.int32)
     q_scale, k_scale = (scale.reshape(2, shape.half) for scale in (q_scale, k_scale))
     key_ref, value_ref = jax.new_ref(keys), jax.new_ref(values)
-    num_stages = min(config.max_stages, -(-shape.num_tiles // num_splits))
+    num_stages = shape.num_stages(num_splits, config.max_stages)
     sums, stats = parts(shape, num_splits, num_stages, eps, interpret)(
         positions, valid, heads, q_scale, k_scale, cos, sin, key_ref, value_ref
     )

@@ -53,6 +53,13 @@ def parts(shape: Shape, num_splits: int, num_stages: int, eps: float, interpret)
     )
 
 
+def shared_bytes(shape: Shape, num_stages: int) -> int:
+    """What a block has in shared memory, less its barriers."""
+    item, head = shape.dtype.itemsize, shape.head_dim
+    tiles = max(2 * num_stages * TILE * head * item, M * head * 4)
+    return tiles + (M * head + M * TILE + 2 * 8 * head) * item + 2 * M * 4
+
+
 def _tiled(num_columns: int, swizzle: int) -> tuple:
     """How [rows, columns] lie in shared memory for the tensor cores; the swizzle, in bytes, is a tile's row."""
     return (

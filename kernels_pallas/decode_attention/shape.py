@@ -48,6 +48,10 @@ class Shape:
         rows = self.lane_rows(wanted)
         return -(-wanted // rows) * rows
 
+    def num_stages(self, num_splits: int, most: int) -> int:
+        """Tiles that a block has room for: no more than it may need."""
+        return min(most, -(-self.num_tiles // num_splits))
+
     def lane_rows(self, num_splits: int) -> int:
         """Parts that the threads of a warp of the second kernel share out: each has up to 16 bytes of one."""
         most = 4 * LANES * WARPS // self.head_dim

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import tuning
 from kernels_pallas.expert_mlp.asked import AskedGroups
 from kernels_pallas.host_view import device_view
 from kernels_pallas.prefetch.arrivals import Arrivals, entry_of
@@ -117,9 +118,16 @@ def problem(x, slots) -> str | None:
     return None
 
 
+def key(x, slots) -> tuning.Key:
+    """What a configuration depends on: nothing that may differ where the same groups have to give the same bits."""
+    num_rows, (_, _, num_hidden, width) = x.shape[0], slots.shape
+    return tuning.key("expert_mlp.fma", x.dtype, num_rows=num_rows, num_hidden=num_hidden, width=width)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
-def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(), interpret=None):
+def expert_mlp(x, slots, group_slots, group_weights, *, config: Config | None = None, interpret=None):
     """Of slots that hold every expert asked for."""
+    config = config or tuning.configured(key(x, slots), Config())
     shape = shape_of(x, slots)
     return _run(x, (slots.reshape(shape.slots(slots)),), group_slots, group_weights, shape, config, interpret)
 
@@ -135,11 +143,12 @@ def read_through(
     group_weights,
     arrivals: Arrivals | None = None,
     *,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret=None,
 ):
     """(y, slots): a group that is fetched is read from the arrivals as far as it has come, else from the store, and
     written to its slot on the way. In place."""
+    config = config or tuning.configured(key(x, slots), Config())
     shape = shape_of(x, slots)
     ref = jax.new_ref(slots.reshape(shape.slots(slots)))
     weights = ref, device_view(store.reshape(shape.slots(store))), experts, fetched

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import tuning
 from kernels_pallas.expert_mlp import mosaic_gpu_rows, row_lists
 from kernels_pallas.expert_mlp.mosaic_gpu_grouped import STEPS, STORED, Config, Weights, product, span
 from kernels_pallas.expert_mlp.mosaic_gpu_rows import MAX_WIDTH
@@ -26,9 +27,26 @@ DTYPES = ("bfloat16", "float16")
 
 
 def config_of(num_rows: int, num_groups: int, max_groups_per_row: int | None) -> Config:
-    """For rows that are spread evenly over the groups."""
-    rows = num_rows * min(max_groups_per_row or USUAL_PER_ROW, num_groups) / num_groups
+    """The form's own choice, for rows that are spread evenly over the groups."""
+    rows = num_rows * _usual_per_row(num_groups, max_groups_per_row) / num_groups
     return Config(num_warpgroups=1 if rows < MANY_ROWS else 2)
+
+
+def key(x, slots, num_groups: int, max_groups_per_row: int | None) -> tuning.Key:
+    """What a configuration depends on. Takes arrays or anything that has their shape and dtype."""
+    return tuning.key(
+        "expert_mlp.prefill",
+        x.dtype,
+        num_rows=x.shape[0],
+        num_groups=num_groups,
+        groups_per_row=_usual_per_row(num_groups, max_groups_per_row),
+        num_hidden=slots.shape[2],
+        width=slots.shape[3],
+    )
+
+
+def _usual_per_row(num_groups: int, max_groups_per_row: int | None) -> int:
+    return min(max_groups_per_row or USUAL_PER_ROW, num_groups)
 
 
 def problem(x, slots) -> str | None:
@@ -58,7 +76,9 @@ def expert_mlp(
     num_groups = group_slots.shape[0]
     if not num_groups:
         return jnp.zeros(x.shape, jnp.float32)
-    config = config or config_of(num_rows, num_groups, max_groups_per_row)
+    if config is None:
+        heuristic = config_of(num_rows, num_groups, max_groups_per_row)
+        config = tuning.configured(key(x, slots, num_groups, max_groups_per_row), heuristic)
     per_row = min(max_groups_per_row or num_groups, num_groups)
     lists = row_lists.row_lists(group_weights, per_row, config.tile_rows)
     weights = slots.reshape(num_slots, 3 * num_hidden, width), group_slots.astype(jnp.int32), lists

@@ -17,11 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import tuning
 from kernels_pallas.expert_mlp.asked import asked_list
 
 M = 64  # rows of the left operand of one tensor core instruction
 CHUNK = 128  # columns of gate and up in a tile of the first kernel: what is multiplied at once
-DOWN_ROWS, DOWN_COLUMNS = 64, 128  # of a tile of the second kernel
+DOWN_ROWS, DOWN_COLUMNS, DOWN_STAGES = 64, 128, 5  # of a tile of the second kernel, and how many a warpgroup has
 SWIZZLE = 128  # bytes: of a row of a tile in shared memory
 MAX_ROWS = 32  # of x
 MAX_STAGES = 8
@@ -61,6 +62,11 @@ def gate_up_stages(num_rows: int, width: int, num_warpgroups: int) -> int:
     return min(MAX_STAGES, left // (num_warpgroups * M * CHUNK * 2))
 
 
+def down_bytes(num_rows: int, num_warpgroups: int) -> int:
+    """Of shared memory, in a block of the second kernel: tiles of weights and of hidden values, of 16 bit."""
+    return 2 * num_warpgroups * DOWN_STAGES * DOWN_ROWS * (DOWN_COLUMNS + num_columns(num_rows))
+
+
 def problem(x, slots) -> str | None:
     """Why these shapes and dtypes cannot be done, or None. Takes arrays or anything that has their shape and dtype."""
     num_rows, (_, _, num_hidden, width) = x.shape[0], slots.shape
@@ -75,8 +81,15 @@ def problem(x, slots) -> str | None:
     return None
 
 
+def key(x, slots) -> tuning.Key:
+    """What a configuration depends on: nothing that may differ where the same groups have to give the same bits."""
+    columns, (_, _, num_hidden, width) = num_columns(x.shape[0]), slots.shape
+    return tuning.key("expert_mlp.wgmma", x.dtype, columns=columns, num_hidden=num_hidden, width=width)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
-def expert_mlp(x, slots, group_slots, group_weights, *, config: Config = Config(), interpret=None):
+def expert_mlp(x, slots, group_slots, group_weights, *, config: Config | None = None, interpret=None):
+    config = config or tuning.configured(key(x, slots), Config())
     (num_rows, width), num_hidden = x.shape, slots.shape[2]
     columns = num_columns(num_rows)
     weights = jnp.pad(group_weights.astype(jnp.float32), ((0, 0), (0, columns - num_rows)))
@@ -198,7 +211,7 @@ def _down(hidden, slots, group_slots, config: Config, interpret):
     """[splits, D, N]: y transposed, as a sum over the first axis."""
     num_groups, columns, num_hidden = hidden.shape
     width = slots.shape[2]
-    num_warpgroups, num_stages = config.max_warpgroups, 5
+    num_warpgroups, num_stages = config.max_warpgroups, DOWN_STAGES
     num_tiles = width // DOWN_COLUMNS
     num_splits = max(1, config.num_blocks * num_warpgroups // num_tiles)
     num_blocks = -(-num_splits * num_tiles // num_warpgroups)

@@ -12,10 +12,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import tile_ring
+from kernels_pallas import tile_ring, tuning
 from kernels_pallas.host_view import device_view
 from kernels_pallas.prefetch.arrivals import Arrivals, entry_of
 from kernels_pallas.tile_ring import Config, Tiling, tiling
+
+
+def key(store) -> tuning.Key:
+    """What a configuration depends on. Takes anything that has the store's shape and dtype."""
+    return tuning.key("fetch", store.dtype, num_hidden=store.shape[2], width=store.shape[3])
 
 
 def fetch(
@@ -26,9 +31,10 @@ def fetch(
     count,
     arrivals: Arrivals | None = None,
     *,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret=None,
 ):
+    config = config or tuning.configured(key(store), Config())
     tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
     ref = jax.new_ref(tile.flat(slots))
     body = _copy_plan(tile, config, store.shape[3], takes_arrivals=arrivals is not None)
