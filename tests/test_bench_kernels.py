@@ -1,12 +1,15 @@
 """The kernel benchmark runs, and its last line is JSON that other programs can read."""
 
+import dataclasses
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tools import bench_kernels
+from kernels_pallas.expert_mlp import reference
+from tools import bench_expert_mlp, bench_fetch, bench_kernels
 
 FAST = ["--scale", "64", "--iterations", "1", "--repeats", "1"]
 
@@ -34,6 +37,52 @@ def test_each_spec_has_a_row_with_its_bound(capsys: pytest.CaptureFixture[str]) 
     assert sum(line.startswith(("one_group", "single")) for line in lines) == 2
 
 
+def test_a_prefill_has_the_arithmetic_of_a_plain_product_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main([*FAST, "--ops", "expert_mlp", "--specs", "prefill_empty_groups"]) == 0
+    product, kernel = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    num_operations = 2 * (64 + 1 + 63) * 3 * (768 // 64 // 8 * 8) * (2048 // 64)
+    assert (product["implementation"], kernel["implementation"]) == ("plain product", "reference")
+    for row in (product, kernel):
+        assert row["tflops"] == pytest.approx(num_operations / row["us"] / 1e6)
+
+
+def test_a_spec_that_fails_is_named_and_the_others_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = bench_kernels.bench_fetch.measure
+
+    def measured(spec, *options):
+        yield from measure(spec, *options)
+        if spec.name == "single":
+            raise RuntimeError("the machine is tired")
+
+    monkeypatch.setattr(bench_kernels.bench_fetch, "measure", measured)
+    assert bench_kernels.main([*FAST, "--ops", "fetch", "--specs", "single", "plan_of_one"]) == 2
+    printed = capsys.readouterr()
+    assert [row["spec"] for row in json.loads(printed.out.splitlines()[-1])["rows"]] == ["single", "plan_of_one"]
+    said, error = printed.err.splitlines()
+    assert said == "single: failed: the machine is tired"
+    assert error == "error: of 1 specs not everything could be timed: single; see above"
+
+
+@pytest.mark.parametrize("checked_rows", [1024, 12])
+def test_a_wrong_row_is_seen_among_those_that_are_checked(checked_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_expert_mlp, "CHECKED_ROWS", checked_rows)
+    spec = dataclasses.replace(bench_kernels.SPECS["expert_mlp"]["uneven"].scaled(64), dtype="float32")
+    case = bench_expert_mlp.Case(spec, 1, 1, lambda run, arguments: 0.0)
+
+    y = np.asarray(reference.expert_mlp(case.x, case.slots, *case.groups))
+
+    def but(row: int, value: float):
+        return lambda *arrays: jnp.asarray(y).at[row].set(value)
+
+    rows, _ = case._wanted
+    assert len(set(rows)) == min(checked_rows, spec.num_rows)
+    assert case.error(lambda *arrays: jnp.asarray(y)) < 1e-5
+    assert case.error(but(int(rows[-1]), 99.0)) > 1
+    assert case.error(but(1, np.nan)) == case.error(but(66, np.inf)) == np.inf
+
+
 def test_attention_has_rows_with_the_bytes_that_it_sees(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_kernels.main([*FAST, "--ops", "decode_attention", "--specs", "not_valid"]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
@@ -54,6 +103,6 @@ def test_a_fetch_that_is_not_bit_equal_is_an_error() -> None:
     store, slots = np.arange(12, dtype=np.uint16).reshape(3, 4), np.zeros((2, 4), np.uint16)
     slots[1] = store[2]
     plan = (np.array([2, 0]), np.array([1, 0]), np.array(1))
-    bench_kernels._require_fetched(slots, store, plan)
+    bench_fetch.require_fetched(slots, store, plan)
     with pytest.raises(RuntimeError, match="slot 0 does not hold the bits of expert 0"):
-        bench_kernels._require_fetched(slots + slots[::-1], store + 1, (np.array([0]), np.array([0]), np.array(1)))
+        bench_fetch.require_fetched(slots + slots[::-1], store + 1, (np.array([0]), np.array([0]), np.array(1)))

@@ -1,11 +1,12 @@
 """Times the kernels on the device beside their bounds measured in the same run: python -m tools.bench_kernels.
 
 expert_mlp is bound by reading the weights of the groups asked for: the bound is their bytes at the bandwidth of a pass
-over a gigabyte of device memory (read and written), and for a prefill also by arithmetic: a plain matrix product of as
-much of it, if that takes longer. decode_attention likewise by the keys and values
-that it sees. fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call
-reads other slots, or another KV cache, than the one before, so that no cache of the GPU can serve them. A time is
-that of one call among many in one program, each needing the result of the one before, less the loop around them.
+over a gigabyte of device memory (read and written), and for a prefill also by arithmetic: a plain matrix product of
+as much of it, if that takes longer; both say their TFLOP/s. decode_attention likewise by the keys and values that it
+sees. fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call reads
+other slots, or another KV cache, than the one before, so that no cache of the GPU can serve them. A time is that of
+one call among many in one program, each needing the result of the one before, less the loop around them. A spec that
+fails is named, and the others go on.
 """
 
 import argparse
@@ -15,20 +16,18 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jmoe import memory
-from kernels_pallas import backends
 from kernels_pallas.decode_attention import specs as decode_attention_specs
 from kernels_pallas.expert_mlp import specs as expert_mlp_specs
-from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.fetch import specs as fetch_specs
-from tools import bench_attention, bench_expert_mlp
+from tools import bench_attention, bench_expert_mlp, bench_fetch
+from tools.command import exit_code
 
 CALLS = 16  # in the body of the timed loop: its own overhead is shared by as many
 DEFAULTS = {
@@ -38,8 +37,10 @@ DEFAULTS = {
         "batch_of_4",
         "batch_of_8",
         "batch_of_32",
+        "batch_of_32_over_64",
         "qwen3_235b_decode",
         "prefill_512",
+        "prefill_4096",
         "prefill_8192",
     ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
@@ -54,7 +55,10 @@ SPECS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One implementation on one spec: microseconds a call, beside the bound, and the error (of the largest value)."""
+    """One implementation on one spec: microseconds a call, beside the bound, and the error (of the largest value).
+
+    `tflops` is the arithmetic that is asked for, in 10¹² operations a second; 0 where that is not the point.
+    """
 
     op: str
     spec: str
@@ -62,6 +66,7 @@ class Row:
     us: float
     bound_us: float
     gbps: float
+    tflops: float
     error: float
 
     @classmethod
@@ -75,10 +80,12 @@ class Row:
         bound_gbps: float,
         error: float,
         least_us: float = 0.0,
+        num_operations: int = 0,
     ) -> "Row":
         """Of a call that has to move `num_bytes`, and takes `least_us` for another reason."""
         bound_us, gbps = max(least_us, num_bytes / bound_gbps / 1e3), num_bytes / us / 1e3
-        return cls(op=op, spec=spec, implementation=implementation, us=us, bound_us=bound_us, gbps=gbps, error=error)
+        rates = {"bound_us": bound_us, "gbps": gbps, "tflops": num_operations / us / 1e6}
+        return cls(op=op, spec=spec, implementation=implementation, us=us, error=error, **rates)
 
     @property
     def percent(self) -> float:
@@ -87,16 +94,7 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parse(arguments)
-    try:
-        rows = _run(options)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    device = jax.devices()[0].device_kind
-    described = [{**dataclasses.asdict(row), "percent": row.percent} for row in rows]
-    print(json.dumps({"device": device, "jax": jax.__version__, "rows": described}))
-    return 0
+    return exit_code(_run, _parse(arguments))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,44 +107,53 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _run(options: argparse.Namespace) -> list[Row]:
-    chosen = {op: _chosen(op, options) for op in options.ops}
-    if not any(chosen.values()):
-        known = ", ".join(name for op in options.ops for name in SPECS[op])
-        raise ValueError(
-            f"no spec of {' or '.join(options.ops)} is named {' or '.join(options.specs)}; there are {known}"
-        )
-    print(f"device {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+def _run(options: argparse.Namespace) -> None:
+    """Raises ValueError for names of no spec, and in the end RuntimeError if some spec failed."""
+    chosen = chosen_specs(options.ops, options.specs, DEFAULTS)
+    device = jax.devices()[0].device_kind
+    print(f"device {device}, jax {jax.__version__}", flush=True)
     rows: list[Row] = []
+    failed: list[str] = []
     for op, bandwidth, bench in (
         ("expert_mlp", memory_gbps, _bench_expert_mlp),
         ("decode_attention", memory_gbps, _bench_decode_attention),
-        ("fetch", _link_gbps, _bench_fetch),
+        ("fetch", link_gbps, _bench_fetch),
     ):
         if chosen.get(op):
             gbps = bandwidth()
             print(f"{op}: bound by {gbps:.1f} GB/s\n{_line(None)}", flush=True)
             for spec in chosen[op]:
-                for row in bench(spec, gbps, options):
-                    print(_line(row), flush=True)
-                    rows.append(row)
-    return rows
+                spec = spec.scaled(options.scale) if options.scale > 1 else spec
+                try:
+                    for row in bench(spec, gbps, options):
+                        print(_line(row), flush=True)
+                        rows.append(row)
+                except Exception as error:  # whatever a compiler may raise: the other specs go on
+                    failed.append(spec.name)
+                    print(f"{spec.name}: failed: {error}", file=sys.stderr, flush=True)
+    described = [{**dataclasses.asdict(row), "percent": row.percent} for row in rows]
+    print(json.dumps({"device": device, "jax": jax.__version__, "rows": described}))
+    if failed:
+        raise RuntimeError(f"of {len(failed)} specs not everything could be timed: {', '.join(failed)}; see above")
 
 
-def _chosen(op: str, options: argparse.Namespace) -> list:
-    names = DEFAULTS[op] if options.specs is None else [name for name in options.specs if name in SPECS[op]]
-    specs = [SPECS[op][name] for name in names]
-    return [spec.scaled(options.scale) for spec in specs] if options.scale > 1 else specs
+def chosen_specs(ops: Sequence[str], names: Sequence[str] | None, defaults: dict[str, list[str]]) -> dict[str, list]:
+    """Of each operation the specs of these names, or its defaults for None. Raises ValueError for other names."""
+    known = [name for op in ops for name in SPECS[op]]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"no spec of {' or '.join(ops)} is named {' or '.join(unknown)}; there are {', '.join(known)}")
+    wanted = {op: defaults[op] if names is None else names for op in ops}
+    return {op: [SPECS[op][name] for name in wanted[op] if name in SPECS[op]] for op in ops}
 
 
 def _line(row: Row | None) -> str:
     """The heading for None."""
     if row is None:
         names = f"{'spec':<26}{'implementation':<17}{'us':>10}{'bound us':>10}"
-        return f"{names}{'% of bound':>12}{'GB/s':>8}{'max error':>11}"
+        return f"{names}{'% of bound':>12}{'GB/s':>8}{'TFLOP/s':>9}{'max error':>11}"
     return (
         f"{row.spec:<26}{row.implementation:<17}{row.us:>10.2f}{row.bound_us:>10.2f}{row.percent:>12.1f}"
-        f"{row.gbps:>8.0f}{row.error:>11.1e}"
+        f"{row.gbps:>8.0f}{row.tflops:>9.1f}{row.error:>11.1e}"
     )
 
 
@@ -168,11 +175,11 @@ def memory_gbps() -> float:
     return 10 * 2 * num_bytes / statistics.median(times) / 1e9
 
 
-def _link_gbps() -> float:
+def link_gbps() -> float:
     return memory.measure_link_gbps()
 
 
-def _seconds(run: Callable[..., Any], arguments: tuple, repeats: int) -> float:
+def median_seconds(run: Callable[..., Any], arguments: tuple, repeats: int) -> float:
     """The median of a few runs after one that compiles."""
     jax.block_until_ready(run(*arguments))
     times = []
@@ -183,65 +190,28 @@ def _seconds(run: Callable[..., Any], arguments: tuple, repeats: int) -> float:
     return statistics.median(times)
 
 
-def _bench_expert_mlp(spec: expert_mlp_specs.ExpertMlpSpec, gbps: float, options: argparse.Namespace):
-    num_bytes = bench_expert_mlp.num_bytes(spec)
-
-    def seconds(run: Callable, arguments: tuple) -> float:
-        return _seconds(run, arguments, options.repeats)
-
-    for name, us, error, least_us in bench_expert_mlp.measure(spec, options.iterations * CALLS, CALLS, seconds):
-        yield Row.of("expert_mlp", spec.name, name, us, num_bytes, gbps, error, least_us)
+def _bench_expert_mlp(spec: expert_mlp_specs.ExpertMlpSpec, gbps: float, options: argparse.Namespace) -> Iterator[Row]:
+    work = bench_expert_mlp.num_bytes(spec), bench_expert_mlp.num_operations(spec)
+    calls = options.iterations * CALLS, CALLS
+    for name, us, error, least_us in bench_expert_mlp.measure(spec, *calls, _seconds(options)):
+        yield Row.of("expert_mlp", spec.name, name, us, work[0], gbps, error, least_us, work[1])
 
 
-def _bench_decode_attention(spec: decode_attention_specs.DecodeAttentionSpec, gbps: float, options: argparse.Namespace):
-    num_bytes = bench_attention.num_bytes(spec)
-
-    def seconds(run: Callable, arguments: tuple) -> float:
-        return _seconds(run, arguments, options.repeats)
-
-    for name, us, error in bench_attention.measure(spec, options.iterations * CALLS, 4 * CALLS, seconds):
+def _bench_decode_attention(
+    spec: decode_attention_specs.DecodeAttentionSpec, gbps: float, options: argparse.Namespace
+) -> Iterator[Row]:
+    num_bytes, calls = bench_attention.num_bytes(spec), options.iterations * CALLS
+    for name, us, error in bench_attention.measure(spec, calls, 4 * CALLS, _seconds(options)):
         yield Row.of("decode_attention", spec.name, name, us, num_bytes, gbps, error)
 
 
-def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Namespace):
-    unsigned = np.uint16 if jnp.dtype(spec.dtype).itemsize == 2 else np.uint32
-    bits = np.random.default_rng(0).integers(0, np.iinfo(unsigned).max, spec.store_shape, unsigned)
-    store = jax.device_put(bits.view(spec.dtype), memory.host_sharding())
-    plans = [spec.plan(seed) for seed in range(CALLS)]
-    for name in fetch_api.IMPLEMENTATIONS if backends.mosaic_gpu_problem() is None else ("reference",):
-        run = _fetches(name, plans)
-        slots = jax.block_until_ready(run(store, jnp.zeros(spec.slots_shape, spec.dtype)))
-        times = []
-        for _ in range(options.repeats):
-            start = time.perf_counter()
-            slots = jax.block_until_ready(run(store, slots))
-            times.append(time.perf_counter() - start)
-        _require_fetched(np.asarray(slots).view(unsigned), bits, plans[-1])
-        us = 1e6 * statistics.median(times) / CALLS
-        yield Row.of("fetch", spec.name, name, us, spec.fetched_bytes, gbps, 0.0)
+def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Namespace) -> Iterator[Row]:
+    for name, us, error in bench_fetch.measure(spec, CALLS, _seconds(options)):
+        yield Row.of("fetch", spec.name, name, us, spec.fetched_bytes, gbps, error)
 
 
-def _fetches(implementation: str, plans: list) -> Callable:
-    """A program of one fetch a plan, each into the slots that the one before has written."""
-    fetch = jax.jit(functools.partial(fetch_api.fetch, implementation=implementation))
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def run(store, slots):
-        for plan in plans:
-            slots = fetch(store, slots, *map(jnp.asarray, plan))
-        return slots
-
-    return run
-
-
-def _require_fetched(slots: np.ndarray, store: np.ndarray, plan: tuple) -> None:
-    """Raises RuntimeError unless the slots of the plan hold the very experts that it names."""
-    expert_ids, slot_ids, count = plan
-    for expert, slot in zip(expert_ids[:count], slot_ids[:count], strict=True):
-        if not np.array_equal(slots[slot], store[expert]):
-            raise RuntimeError(
-                f"fetch: slot {slot} does not hold the bits of expert {expert}: the kernel is wrong here"
-            )
+def _seconds(options: argparse.Namespace) -> Callable[[Callable, tuple], float]:
+    return lambda run, arguments: median_seconds(run, arguments, options.repeats)
 
 
 if __name__ == "__main__":

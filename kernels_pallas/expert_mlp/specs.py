@@ -105,8 +105,12 @@ SPECS: tuple[ExpertMlpSpec, ...] = (
     dataclasses.replace(_QWEN3_30B, name="batch_of_8", num_rows=8, group_sizes=(4, 3, 2, *(1,) * 47, *(0,) * 14)),
     dataclasses.replace(_QWEN3_30B, name="batch_of_16", num_rows=16, group_sizes=_falling(64, 16)),
     dataclasses.replace(_QWEN3_30B, name="batch_of_32", num_rows=32, group_sizes=(*range(1, 33), *range(32))),
+    dataclasses.replace(_QWEN3_30B, name="batch_of_32_over_64", num_rows=32, group_sizes=(4,) * 64),
     dataclasses.replace(_QWEN3_30B, name="batch_of_33", num_rows=33, group_sizes=(33, 1, 0, 20)),
     dataclasses.replace(_QWEN3_30B, name="prefill_512", num_slots=128, num_rows=512, group_sizes=_drawn(128, 512, 8)),
+    dataclasses.replace(
+        _QWEN3_30B, name="prefill_4096", num_slots=128, num_rows=4096, group_sizes=_drawn(128, 4096, 8)
+    ),
     dataclasses.replace(
         _QWEN3_30B, name="prefill_8192", num_slots=128, num_rows=8192, group_sizes=_drawn(128, 8192, 8)
     ),
