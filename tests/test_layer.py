@@ -83,9 +83,13 @@ def resident():
 
 
 def start(num_slots: int) -> ExpertSlots:
-    """Staging slots are NaN: nothing may be read from them before it was put there."""
+    """Staging slots are NaN: nothing may be read from them before it was put there.
+
+    All is committed to its device, as a step's outputs are: else the second step would compile anew.
+    """
     slots = init_slots(store(), layout(num_slots), policy="lru")
-    return dataclasses.replace(slots, staging=jnp.full_like(slots.staging, np.nan))
+    slots = dataclasses.replace(slots, staging=jnp.full_like(slots.staging, np.nan))
+    return jax.device_put(slots, jax.devices()[0])
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
