@@ -19,6 +19,7 @@ from tests.models import MAX_SEQ_LEN, SMALL
 
 GREEDY = SamplingParams(max_new_tokens=24)
 PROMPTS = models.prompts(21, 5, 33)
+CHUNK = 16  # for prompts one by one: else each length has a prefill of its own to compile
 
 
 @functools.cache
@@ -47,12 +48,12 @@ def tokens(engine, prompts=PROMPTS, sampling=GREEDY) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("expert_slots", range(SMALL.num_experts_per_tok, SMALL.num_experts + 1))
 def test_offloaded_equals_resident_for_every_slot_count(expert_slots: int) -> None:
-    assert tokens(models.engine(expert_slots=expert_slots)) == reference_tokens()
+    assert tokens(models.engine(expert_slots=expert_slots, prefill_chunk=CHUNK)) == reference_tokens()
 
 
 @pytest.mark.parametrize("staging_slots", [1, 2, 8])
 def test_offloaded_equals_resident_for_every_number_of_staging_slots(staging_slots: int) -> None:
-    assert tokens(models.engine(staging_slots=staging_slots)) == reference_tokens()
+    assert tokens(models.engine(staging_slots=staging_slots, prefill_chunk=CHUNK)) == reference_tokens()
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
@@ -69,7 +70,7 @@ def test_a_sampled_batch_equals_its_members_alone() -> None:
         SamplingParams(max_new_tokens=24),
         SamplingParams(max_new_tokens=20, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, seed=6),
     ]
-    single, batch = models.engine(), models.engine(batch_size=3)
+    single, batch = models.engine(prefill_chunk=CHUNK), models.engine(batch_size=3)
     alone = [tokens(single, [prompt], request)[0] for prompt, request in zip(PROMPTS, requests, strict=True)]
     assert tokens(batch, PROMPTS, requests) == alone
     assert alone[1] == reference_tokens()[1]
@@ -110,7 +111,9 @@ def test_prefill_and_decode_equal_one_prefill() -> None:
 def test_offloaded_logits_equal_resident_logits() -> None:
     weights = models.on_device(models.weights())
     ids = models.prompts(20, 20)
-    resident = forward_resident(SMALL, weights.params, weights.store.layers, jnp.asarray(ids))
+    resident = jax.jit(forward_resident, static_argnums=0)(
+        SMALL, weights.params, weights.store.layers, jnp.asarray(ids)
+    )
     logits = models.engine(batch_size=2).logits(ids)
     assert np.abs(logits).max() > 1
     np.testing.assert_allclose(logits, resident, atol=1e-4)
@@ -120,10 +123,11 @@ def test_bfloat16_differs_only_where_it_is_undecided(capsys: pytest.CaptureFixtu
     """Another choice than the resident model's only where its top two are closer than bfloat16's own noise."""
     half = dataclasses.replace(SMALL, dtype="bfloat16")
     weights = models.on_device(models.weights(half))
+    forward = jax.jit(forward_resident, static_argnums=0)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (weights.params, weights.store.layers))
     ids = jnp.asarray(models.prompts(48, 48, 48, 48))
-    resident = np.asarray(forward_resident(half, weights.params, weights.store.layers, ids))
-    noise = np.abs(resident - np.asarray(forward_resident(SMALL, *wide, ids))).max()
+    resident = np.asarray(forward(half, weights.params, weights.store.layers, ids))
+    noise = np.abs(resident - np.asarray(forward(SMALL, *wide, ids))).max()
     offloaded = models.engine(half, batch_size=4, expert_slots=3, staging_slots=2).logits(ids)
     differs = resident.argmax(-1) != offloaded.argmax(-1)
     top_two = np.sort(resident, axis=-1)[..., -2:]
@@ -137,7 +141,7 @@ def test_bfloat16_differs_only_where_it_is_undecided(capsys: pytest.CaptureFixtu
 
 def test_slots_hold_what_residency_says() -> None:
     """After decoding, every slot's weights are those of the expert that is said to be in it."""
-    engine = models.engine(expert_slots=3)
+    engine = models.engine(expert_slots=3, prefill_chunk=CHUNK)
     engine.generate(PROMPTS, GREEDY).results()
     state = engine.new_state(1, np.ones(1))
     layers = state.experts.residency.stacked
@@ -151,7 +155,7 @@ def test_slots_hold_what_residency_says() -> None:
 
 
 def test_prefill_leaves_the_decode_set_alone() -> None:
-    engine = models.engine(expert_slots=3)
+    engine = models.engine(expert_slots=3, prefill_chunk=CHUNK)
     engine.generate(PROMPTS, GREEDY).results()
     before = engine.new_state(1, np.ones(1))
     owner = np.asarray(before.experts.residency.stacked.owner)
@@ -194,7 +198,7 @@ def test_a_rolled_back_kv_equals_one_never_written() -> None:
 
 def test_decode_compiles_once_per_shape() -> None:
     """Other prompts, seeds, temperatures, lengths and chunk lengths compile nothing; another batch size does, once."""
-    engine = models.engine(batch_size=2, decode_chunk=5)
+    engine = models.engine(batch_size=2, decode_chunk=5, staging_slots=5)  # as no other test here has: nothing is there
     decode, prefill = type(engine.steps).decode, type(engine.steps).prefill
 
     def compiled() -> tuple[int, int]:
