@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-# XLA has two ways to make CPU code of a fusion; the older one compiles in half the time.
+# XLA has two ways to make CPU code of a fusion. The older one compiles in half the time; what it makes is slower, which
+# shows with the demo model only.
 FAST_TO_COMPILE = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 
 
