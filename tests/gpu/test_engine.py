@@ -1,6 +1,7 @@
 """The whole engine on a GPU: the same tokens through any number of slots, kernels or not, and the memory it planned."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -36,17 +37,27 @@ def tokens(**runtime) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in engine.generate(PROMPTS, GREEDY).results()]
 
 
-def test_tokens_do_not_depend_on_slots_batches_or_kernels() -> None:
-    expected = tokens(expert_slots=16)
-    for runtime in (
+@functools.cache
+def expected() -> list[tuple[int, ...]]:
+    return tokens(expert_slots=16)
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
         {"expert_slots": 4},
         {"expert_slots": 5, "staging_slots": 1, "batch_size": 3},  # more groups than slots: waves
         {"expert_slots": 9, "implementation": "reference"},
         {"expert_slots": 5, "prefetch": "lookahead", "prefetch_experts": 1.6},  # in one pass with the arithmetic
         {"expert_slots": 12, "batch_size": 3, "prefetch": "lookahead"},  # by a fetch before it
         {"expert_slots": 5, "prefetch": "auto"},
-    ):
-        assert tokens(**runtime) == expected, runtime
+        {"expert_slots": 5, "draft": 3},
+        {"expert_slots": 12, "batch_size": 3, "draft": "auto"},
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_slots_batches_kernels_prefetches_or_drafts(runtime: dict) -> None:
+    assert tokens(**runtime) == expected()
 
 
 def test_slots_are_never_copied() -> None:
