@@ -91,6 +91,12 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--draft-tokens", type=int, metavar="N", help="the most that --draft auto tries (default: 4)")
     group.add_argument("--prefetch", choices=get_args(Prefetching), help="bring experts before their router asks")
     group.add_argument("--prefetch-experts", type=float, metavar="X", help="to prefetch in each layer (default: 0.5)")
+    group.add_argument(
+        "--execute-guess",
+        type=float,
+        metavar="RECALL",
+        help="CHANGES WHAT THE MODEL SAYS: layers guessed so well (0: all but the first) compute the guess",
+    )
     group.add_argument("--residency-policy", choices=RESIDENCY_POLICIES, help="which experts keep their slots")
     group.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     group.add_argument("--implementation", metavar="NAME", help='"reference": plain JAX instead of the kernels')
@@ -181,6 +187,7 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         "draft_tokens": options.draft_tokens,
         "prefetch": options.prefetch,
         "prefetch_experts": options.prefetch_experts,
+        "execute_guess": options.execute_guess,
         "residency_policy": options.residency_policy,
         "implementation": options.implementation,
         "measure_link": False if options.no_link_test else None,

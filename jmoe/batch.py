@@ -117,7 +117,7 @@ class Batch:
             most = self.prefetching.num_experts
             self.state, emitted = steps.decode_prefetching(*inputs, *ahead, prefetch_experts=most, **static)
         else:
-            self.state, emitted = steps.decode(*inputs, **static)
+            self.state, emitted = steps.decode(*inputs, self.engine.executed, **static)
         return emitted
 
     def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:

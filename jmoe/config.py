@@ -198,6 +198,9 @@ class RuntimeConfig:
 
     `prefetch` "lookahead" brings `prefetch_experts` of each layer (0.5: half an expert) while its attention runs, those
     that it will most probably miss (docs/prefetch.md); "auto" measures what amount is fastest, of none to one expert.
+
+    `execute_guess` CHANGES WHAT THE MODEL SAYS: layers whose calibrated recall is this or more decode with guessed
+    experts, and not with those that their routers choose (docs/prefetch.md). 0 is every layer but the first.
     """
 
     expert_slots: int | None = None
@@ -220,6 +223,7 @@ class RuntimeConfig:
     draft_missing: Missing = "reroute"
     prefetch: Prefetching = "off"
     prefetch_experts: float = 0.5
+    execute_guess: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_slots", "staging_slots", "device_memory_bytes", "host_memory_bytes", "max_seq_len"):
@@ -240,6 +244,7 @@ class RuntimeConfig:
         )
         self._check_draft()
         self._check_prefetch()
+        self._check_execute_guess()
 
     def _check_draft(self) -> None:
         number, experts = self.draft, self.draft_experts
@@ -271,6 +276,21 @@ class RuntimeConfig:
             kind == "off" or self.draft == "off",
             f"prefetch={kind!r} does not go with draft={self.draft!r}: what drafts is resident, and a verification "
             'asks for more experts than a prefetch brings; choose draft="off" or prefetch="off"',
+        )
+
+    def _check_execute_guess(self) -> None:
+        gate = self.execute_guess
+        if gate is None:
+            return
+        is_number = isinstance(gate, int | float) and not isinstance(gate, bool)
+        _require(
+            is_number and 0 <= gate <= 1,
+            f"execute_guess={gate!r} must be a recall from 0 (every layer but the first guesses) to 1",
+        )
+        _require(
+            self.draft == "off",
+            f"execute_guess={gate!r} does not go with draft={self.draft!r}: a verification promises the tokens of the "
+            'true routers, and guesses change them; choose draft="off", or leave execute_guess out',
         )
 
     @property

@@ -17,8 +17,11 @@ from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import DecodeState, Steps, init_state
 from jmoe.drafting import Drafting, drafting_line, speculative_steps
+from jmoe.executing import executed_guess, executing_line
 from jmoe.experts.affinity import load_or_measure
+from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.experts.experience import Experience
+from jmoe.experts.look_ahead import Foresight
 from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.prefetch_file import Calibration
 from jmoe.experts.slots import ExpertSlots, init_slots
@@ -49,7 +52,8 @@ class Engine:
     unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
     `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts,
     and `prefetching` unless it asks for a prefetch and some expert is not resident.
-    `calibration` is what `predictor` guesses with; without one it is the next layer's router alone.
+    `calibration` is what `predictor` guesses with; without one it is the next layer's router alone. `executed` is None
+    unless `runtime` asks to execute guesses, and some layer passes its gate; then decoding says other things.
     """
 
     def __init__(
@@ -80,8 +84,9 @@ class Engine:
         kept_in = None if plan.layout.all_resident else experience_file
         self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
         self.drafting = self._drafting(speculative, affinity_files)
+        self.calibration, self.executed = calibration, self._executed(calibration)
         self.prefetching = prefetching(config, runtime, plan)
-        self.predictor = predictor_of(config, weights.params, calibration) if self.prefetching else None
+        self.predictor = self._predictor() if self.prefetching else None
         self._slots: ExpertSlots | None = self._fill_slots()
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:
@@ -95,6 +100,15 @@ class Engine:
         )
         return Drafting(speculative, self.runtime.draft, distances)
 
+    def _executed(self, calibration: Calibration | None) -> ExecutedGuess | None:
+        gate, implementation = self.runtime.execute_guess, self.steps.implementation
+        if gate is None:
+            return None
+        return executed_guess(self.config, self.weights.params, gate, calibration, implementation=implementation)
+
+    def _predictor(self) -> Foresight:
+        return self.executed or predictor_of(self.config, self.weights.params, self.calibration)
+
     @classmethod
     def start(
         cls,
@@ -105,7 +119,10 @@ class Engine:
         announce: Announce | None = None,
         **details: Any,
     ) -> "Engine":
-        """Plans memory, announces the plan, and only then makes the weights. Raises ValueError if it cannot fit."""
+        """Plans memory, announces the plan, and only then makes the weights.
+
+        Raises ValueError if it cannot fit, or to execute guesses without a calibration, or with one MoE layer.
+        """
         say = announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
         plan = plan_for(config, runtime, trunk_bytes=trunk_bytes)
@@ -122,6 +139,8 @@ class Engine:
             say(drafting_line(speculative, runtime, plan.layout))
         if runtime.prefetch != "off":
             say(prefetching_line(config, runtime, plan))
+        if runtime.execute_guess is not None:
+            say(executing_line(config, runtime.execute_guess, details.get("calibration")))
         weights, details = make_weights(), {"speculative": speculative, "announce": announce, **details}
         return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, **details)
 
@@ -163,8 +182,10 @@ class Engine:
             self._encode(number, row.tolist())
         return self._by_position(ids.tolist(), lambda _, hidden: self.steps.unembed(self.weights.params, hidden))
 
-    def score(self, token_ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def score(self, token_ids: Sequence[Sequence[int]], executed: ExecutedGuess | None = None) -> list[np.ndarray]:
         """Natural log-probabilities, float32, of each sequence's tokens but the first, given those before.
+
+        With `executed` they are those of decoding with these guesses (`jmoe.executing`); else they are the model's.
 
         Sequences may differ in length, up to max_seq_len; at most the plan's batch size of them. Raises ValueError for
         none, more, an empty or too long one, or token ids outside the vocabulary.
@@ -184,11 +205,15 @@ class Engine:
             part = targets[:, start : start + hidden.shape[1]]
             return self.steps.token_logprobs(self.weights.params, hidden, part)
 
-        logprobs = self._by_position([ids[:-1] or ids for ids in sequences], head)  # an empty prompt cannot run
+        prompts = [ids[:-1] or ids for ids in sequences]  # an empty prompt cannot run
+        logprobs = self._by_position(prompts, head, executed)
         return [row[: len(ids) - 1] for row, ids in zip(logprobs, sequences, strict=True)]
 
     def _by_position(
-        self, token_ids: Sequence[Sequence[int]], head: Callable[[int, jax.Array], jax.Array]
+        self,
+        token_ids: Sequence[Sequence[int]],
+        head: Callable[[int, jax.Array], jax.Array],
+        executed: ExecutedGuess | None = None,
     ) -> np.ndarray:
         """`head` of the first position and the hidden states [B, t, D] of a few at a time, joined: [B, T, …]."""
         params, store = self.weights.params, self.weights.store
@@ -196,7 +221,7 @@ class Engine:
         state = self.new_state(len(token_ids), [0] * len(token_ids))
         try:
             for chunk in prompt_chunks(token_ids, self.plan.prefill_chunk):
-                hidden, state = self.steps.prefill_hidden(params, store, state, chunk)
+                hidden, state = self.steps.prefill_hidden(params, store, state, chunk, executed)
                 for at in range(0, min(hidden.shape[1], longest - start), LOGITS_POSITIONS):
                     part = hidden[:, at : at + LOGITS_POSITIONS]  # the workspace holds no more at a time
                     parts.append(np.asarray(head(start + at, part)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jmoe.engine import Engine
+from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.tokenizer import Tokenizer
 
 # What stands between documents in training, where the tokenizer names no bos_token. A chat model has other ends too.
@@ -117,6 +118,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     start_id: int | None = None,
+    executed: ExecutedGuess | None = None,
     progress: Callable[[Score], None] | None = None,
 ) -> Score:
     """Scores every token of the texts, each text a document of its own after the token `start_id`.
@@ -124,7 +126,8 @@ def evaluate(
     `window` is the most tokens that are read at a time (default: max_seq_len - 1), and `stride` how many the next
     window begins later (default: `window`); a smaller stride gives tokens more context and takes longer. `start_id` is
     by default `document_start(engine)`, and never scored. Texts are taken one after another, a batch of the plan's size
-    at a time; `progress` gets the score so far after each.
+    at a time; `progress` gets the score so far after each. With `executed` it is the score of decoding with these
+    guesses (`jmoe.executing`), not the model's.
 
     Raises ValueError for no text, a window or stride out of range, and an engine without tokenizer; RuntimeError for
     a model whose probabilities are not numbers.
@@ -144,7 +147,7 @@ def evaluate(
     total = Score(num_documents=0, num_tokens=0, num_bytes=0, nats=0.0)
     windows = (part for text in texts for part in _windows(tokenizer, text, start_id, length, stride))
     for batch in itertools.batched(windows, engine.plan.batch_size):
-        total += _score(engine, batch, start_id)
+        total += _score(engine, batch, start_id, executed)
         if progress:
             progress(total)
     if not total.num_tokens:
@@ -169,10 +172,11 @@ def _windows(tokenizer: Tokenizer, text: str, start_id: int, length: int, stride
         yield _Window(ids, num_context, num_bytes, ends_document=not left_tokens)
 
 
-def _score(engine: Engine, batch: Sequence[_Window], start_id: int) -> Score:
+def _score(engine: Engine, batch: Sequence[_Window], start_id: int, executed: ExecutedGuess | None) -> Score:
     """The batch is filled up with windows that predict nothing: another batch size would be compiled anew."""
     missing = engine.plan.batch_size - len(batch)
-    logprobs = engine.score([*(window.token_ids for window in batch), *([[start_id]] * missing)])
+    sequences = [*(window.token_ids for window in batch), *([[start_id]] * missing)]
+    logprobs = engine.score(sequences, executed)
     scored = [row[window.num_context :] for row, window in zip(logprobs, batch, strict=False)]
     nats = -sum(float(row.sum(dtype=np.float64)) for row in scored)
     if not math.isfinite(nats):

@@ -235,11 +235,20 @@ def _report(
         "stats": generation.stats.to_dict(),
         "plan": engine.plan.to_dict(),
         "runtime": dataclasses.asdict(engine.runtime),
+        "changes_what_the_model_says": _guessed(engine),
         "versions": {
             "python": platform.python_version(),
             **{name: arguments.version_of(name) for name in ("jmoe", "jax", "jaxlib")},
         },
     }
+
+
+def _guessed(engine: "Engine") -> dict[str, Any] | None:
+    """Which layers decoded with guessed experts, and from which recall on; None where the model spoke for itself."""
+    if engine.executed is None:
+        return None
+    layers = [engine.config.moe_layers[layer] for layer in engine.executed.layers]
+    return {"execute_guess": engine.runtime.execute_guess, "guessed_layers": layers}
 
 
 def _converse(engine: "Engine", sampling: "SamplingParams", options: argparse.Namespace) -> int:

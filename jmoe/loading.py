@@ -45,7 +45,12 @@ def load(
     fingerprint = manifest.fingerprint if delta is None else delta.fingerprint
     config = as_run(manifest.config)
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
-    prefetches = runtime.prefetch != "off"  # calibrated are the checkpoint's own routers alone
+    calibration = None if delta else _calibration(path, config, runtime, announce)  # of the checkpoint's own routers
+    if delta and runtime.execute_guess is not None:
+        raise ValueError(
+            f"--execute-guess {runtime.execute_guess:g} does not go with --router {router}: calibrated are the "
+            "checkpoint's own routers alone; leave out one of them"
+        )
     return Engine.start(
         config,
         runtime,
@@ -54,7 +59,7 @@ def load(
         fingerprint=fingerprint,
         experience_file=_experience_file(fingerprint, runtime),
         affinity_files=_affinity_files(None if delta else path, fingerprint),
-        calibration=load_calibration(path, config, announce) if prefetches and delta is None else None,
+        calibration=calibration,
         tokenizer=_tokenizer(path, announce),
         generation_defaults=_generation_defaults(path),
     )
@@ -69,6 +74,14 @@ def _affinity_files(path: Path | None, fingerprint: str) -> tuple[Path, ...]:
     """In the cache, and before that beside the checkpoint, unless (None) it runs with routers that are not its own."""
     beside = () if path is None else (path / affinity.FILE,)
     return *beside, sources.cache_dir() / "affinity" / f"{fingerprint[:16]}.npz"
+
+
+def _calibration(
+    path: Path, config: ModelConfig, runtime: RuntimeConfig, announce: Announce | None
+) -> Calibration | None:
+    if runtime.prefetch != "off":
+        return load_calibration(path, config, announce)
+    return None if runtime.execute_guess is None else load_calibration(path, config)
 
 
 def load_calibration(path: Path, config: ModelConfig, announce: Announce | None = None) -> Calibration | None:

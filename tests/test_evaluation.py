@@ -16,11 +16,14 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmoe import convert, synthetic
+from jmoe import checkpoint, convert, synthetic
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.step import Steps, forward_resident
 from jmoe.engine import Engine, Weights
 from jmoe.evaluation import Score, cut_windows, document_start, evaluate
+from jmoe.executing import executed_guess
+from jmoe.experts.prefetch import everywhere
+from jmoe.experts.prefetch_file import Calibration, file_beside
 from jmoe.loading import load
 from jmoe.synthetic import byte_tokenizer
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -359,6 +362,28 @@ def test_the_tool_scores_files(run, model: Path, tmp_path: Path) -> None:
     assert "3 of 8 a layer" in err
 
 
+def test_the_tool_says_what_executed_guesses_cost(run, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    synthetic.write_synthetic(dataclasses.replace(TEXT, mlp_only_layers=()), tmp_path / "hf", regime="flat", seed=3)
+    convert.convert_hf(tmp_path / "hf", model)
+    methods, fingerprint = everywhere("default_vectors", 2), checkpoint.read_manifest(model).fingerprint
+    vectors = np.random.default_rng(0).normal(size=(2, TEXT.num_experts, TEXT.hidden_size)).astype(np.float32)
+    made = Calibration(fingerprint, vectors, everywhere(None, 2), methods, ((0.75,), ()))
+    made.save(file_beside(model))
+    options = ["--model", model, "--text", *write_texts(tmp_path), "--execute-guess", 0.5, 0.9]
+    report = json.loads(run(*options, "--json")[0])
+    guessed, exact = report["execute_guess"]
+    assert (guessed["gate"], guessed["guessed_layers"]) == (0.5, [1])
+    assert (exact["gate"], exact["guessed_layers"], exact["change"]) == (0.9, [], 0)
+    assert exact["bits_per_byte"] == report["bits_per_byte"]
+    engine = load(model, RuntimeConfig(max_seq_len=17, batch_size=3, measure_link=False))
+    executed = executed_guess(engine.config, engine.weights.params, 0.5, made)
+    score = evaluate(engine, TEXTS, executed=executed)
+    assert guessed["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-5)
+    assert guessed["change"] == pytest.approx(score.bits_per_byte / report["bits_per_byte"] - 1, abs=1e-4)
+    assert abs(guessed["change"]) > 1e-3
+
+
 def test_the_tool_writes_for_people(run, tmp_path: Path) -> None:
     out, _ = run("--text", *write_texts(tmp_path))
     rows = dict(line.split("  ", 1) for line in out.splitlines())
@@ -402,6 +427,8 @@ def test_the_tool_says_no(run, model: Path, tmp_path: Path) -> None:
         (["--text", good, "--stride", 17], "window=16 with stride=17"),
         (["--text", good, "--batch-size", 0], "batch_size=0 must be"),
         (["--text", good, "--expert-slots", 1], "expert_slots=1 is outside 2..8"),
+        (["--text", good, "--execute-guess", 0, 2], "--execute-guess 2 is no recall"),
+        (["--text", good, "--execute-guess", 0], "--execute-guess 0: this model has one MoE layer (layer 0)"),
         (["--text", good, "--stdlib-root", tmp_path], "--stdlib-root is where --stdlib-held-out"),
         (["--stdlib-held-out", "--stdlib-root", tmp_path], "no held-out Python file"),
         (["--text", good, "--model", tmp_path / "nowhere"], "no such directory"),

@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jmoe
-from jmoe import convert, generate, synthetic
+from jmoe import checkpoint, convert, generate, synthetic
 from jmoe.config import ModelConfig
+from jmoe.experts.prefetch import everywhere
+from jmoe.experts.prefetch_file import Calibration, file_beside
 from jmoe.tokenizer import TextStream, load_tokenizer
 
 CONFIG = ModelConfig(
@@ -108,6 +111,7 @@ def test_json_is_complete(run, model: Path) -> None:
     assert report["plan"]["slots_per_layer"] == 3
     assert report["runtime"]["expert_slots"] == 3
     assert set(report["versions"]) == {"python", "jmoe", "jax", "jaxlib"}
+    assert report["changes_what_the_model_says"] is None
     assert report["interrupted"] is False
 
 
@@ -147,6 +151,20 @@ def test_a_prefetch_does_not_change_the_text_and_is_summed_up(run) -> None:
     assert prefetch["useful_bytes"] + prefetch["wasted_bytes"] == prefetch["prefetched_bytes"] > 0
     assert plan["prefetch_bytes"] > 0
     assert report["runtime"]["prefetch_experts"] == 1
+
+
+def test_guesses_that_are_executed_are_said_aloud(run, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    vectors = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+    methods, fingerprint = everywhere("default_vectors", 2), checkpoint.read_manifest(model).fingerprint
+    Calibration(fingerprint, vectors, everywhere(None, 2), methods, ((0.75,), ())).save(file_beside(tmp_path / "model"))
+    options = ["--prompt", "Hello", *PLENTY, "--execute-guess", "0.5"]
+    report, err = run(*options, "--json", model=tmp_path / "model")
+    assert "--execute-guess 0.5 CHANGES WHAT THE MODEL SAYS: " in err
+    assert json.loads(report)["changes_what_the_model_says"] == {"execute_guess": 0.5, "guessed_layers": [1]}
+    assert texts(report) != texts(run("--prompt", "Hello", *PLENTY, "--json")[0])
+    _, err = run(*options, "--execute-guess", "0.9", model=tmp_path / "model")
+    assert "--execute-guess 0.9 changes nothing" in err
 
 
 def test_a_batch_is_labelled_and_is_its_prompts_one_by_one(run) -> None:
@@ -359,6 +377,9 @@ def test_a_bug_is_not_hidden(run, monkeypatch: pytest.MonkeyPatch, error: Except
         (["--prompt", "x", "--logprobs"], "add --json"),
         (["--prompt", "x", "--draft", "2", "--draft-experts", "4"], "draft_experts=4 are more than the 3 slots"),
         (["--prompt", "x", "--draft-experts", "2"], "add --draft auto"),
+        (["--prompt", "x", "--execute-guess", "0.9"], "make one: python -m tools.calibrate_prefetch"),
+        (["--prompt", "x", "--execute-guess", "9"], "execute_guess=9.0 must be a recall"),
+        (["--prompt", "x", "--execute-guess", "0", "--draft", "2"], "execute_guess=0.0 does not go with draft=2"),
         (["--prompt", "x", "--runtime", "/no/such.toml"], "/no/such.toml: no such file"),
     ],
 )

@@ -37,12 +37,14 @@ PART_OF = {
     "jmoe.clock": "jmoe.engine",
     "jmoe.drafting": "jmoe.engine",
     "jmoe.completions": "jmoe.engine",
+    "jmoe.executing": "jmoe.engine",
     "jmoe.generation": "jmoe.engine",
     "jmoe.loading": "jmoe.engine",
     "jmoe.prefetching": "jmoe.engine",
     "jmoe.prefetch_stats": "jmoe.stats",
     "jmoe.experts.prefetch_file": "jmoe.experts.prefetch",
     "jmoe.experts.look_ahead": "jmoe.experts.prefetch",
+    "jmoe.experts.execute_guess": "jmoe.experts.prefetch",
     "jmoe.arguments": "jmoe.generate",
 }  # modules that are one unit with another
 RANKS = {unit: rank for rank, row in enumerate(reversed(ROWS)) for unit in row}

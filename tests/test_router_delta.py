@@ -89,6 +89,12 @@ def test_the_export_gives_the_same_logits(
     np.testing.assert_array_equal(load(tmp_path / "hf").logits(TOKENS), load(model, file).logits(TOKENS))
 
 
+def test_guesses_of_other_routers_are_not_executed(file: Path, model: Path) -> None:
+    runtime = jmoe.RuntimeConfig(expert_slots=4, max_seq_len=32, measure_link=False, execute_guess=0.5)
+    with pytest.raises(ValueError, match=r"--execute-guess 0\.5 does not go with --router "):
+        jmoe.load(model, runtime, router=file)
+
+
 def test_routers_of_another_checkpoint_are_refused(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,13 +3,16 @@
 Each file is a document of its own. Text is scored in windows of --window tokens; with a --stride below that, each
 window after the first scores its last tokens alone and has the others as context. Bits per byte compare models whatever
 their tokenizers; bits per token and perplexity compare those of one tokenizer.
+
+--execute-guess measures what it would cost to compute guessed experts in place of those that the routers choose, in the
+layers whose calibrated recall is each RECALL or more: the text is read as if all of it were decoded so.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from jmoe.arguments import parse_size
 from jmoe.config import DTYPES, RuntimeConfig
 from jmoe.engine import Engine
 from jmoe.evaluation import Score, document_start, evaluate, require_windows
+from jmoe.executing import executed_guess
+from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.loading import load
 from tools.stdlib_corpus import read_files, stdlib_root
 
@@ -47,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (default: --window)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default: 8)")
     parser.add_argument("--expert-slots", type=int, metavar="N", help="device slots of each MoE layer")
+    parser.add_argument(
+        "--execute-guess",
+        type=float,
+        nargs="+",
+        metavar="RECALL",
+        help="measure that too, once for each (0: all layers)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     parser.add_argument("--max-bytes", type=parse_size, metavar="SIZE", help="stop after so much text, such as 100KB")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
@@ -56,12 +68,15 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     if options.stdlib_root and not options.stdlib_held_out:
         raise ValueError("--stdlib-root is where --stdlib-held-out is read from: add that, or leave it out")
+    if wrong := [gate for gate in options.execute_guess or () if not 0 <= gate <= 1]:
+        raise ValueError(f"--execute-guess {wrong[0]:g} is no recall; expected a number from 0 to 1")
     runtime = _runtime(options)
     num_bytes, texts = _corpus(options)
     engine = _load(options, runtime)
     start = time.perf_counter()
     score = _evaluate(engine, texts, num_bytes, options)
     seconds = time.perf_counter() - start
+    guessed = [_guessed(engine, gate, score, options) for gate in options.execute_guess or ()]
     window = engine.plan.max_seq_len - 1
     return {
         "model": options.model or "demo",
@@ -73,6 +88,22 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         **score.to_dict(),
         "seconds": seconds,
         "tokens_per_s": score.num_tokens / seconds,
+        **({"execute_guess": guessed} if guessed else {}),
+    }
+
+
+def _guessed(engine: Engine, gate: float, exact: Score, options: argparse.Namespace) -> dict[str, Any]:
+    """The same texts, where layers of such a recall compute what was guessed."""
+    executed = executed_guess(
+        engine.config, engine.weights.params, gate, engine.calibration, implementation=engine.steps.implementation
+    )
+    num_bytes, texts = _corpus(options)
+    score = _evaluate(engine, texts, num_bytes, options, executed) if executed else exact
+    return {
+        "gate": gate,
+        "guessed_layers": [engine.config.moe_layers[layer] for layer in executed.layers] if executed else [],
+        **score.to_dict(),
+        "change": score.bits_per_byte / exact.bits_per_byte - 1,
     }
 
 
@@ -87,6 +118,7 @@ def _runtime(options: argparse.Namespace) -> RuntimeConfig:
         max_seq_len=None if window is None else window + 1,
         dtype=options.dtype,
         measure_link=False,
+        execute_guess=min(options.execute_guess) if options.execute_guess else None,  # for the calibration
     )
 
 
@@ -140,14 +172,21 @@ def _load(options: argparse.Namespace, runtime: RuntimeConfig) -> Engine:
         return load(options.model, runtime, router=options.router, progress=report, announce=announce)
 
 
-def _evaluate(engine: Engine, texts: Iterator[str], num_bytes: int, options: argparse.Namespace) -> Score:
+def _evaluate(
+    engine: Engine,
+    texts: Iterator[str],
+    num_bytes: int,
+    options: argparse.Namespace,
+    executed: ExecutedGuess | None = None,
+) -> Score:
     with tqdm(total=num_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def report(score: Score) -> None:
             bar.set_postfix_str(f"{score.bits_per_byte:.4f} bits per byte", refresh=False)
             bar.update(score.num_bytes - bar.n)
 
-        return evaluate(engine, texts, window=options.window, stride=options.stride, progress=report)
+        windows = {"window": options.window, "stride": options.stride}
+        return evaluate(engine, texts, **windows, executed=executed, progress=report)
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
@@ -160,7 +199,14 @@ def _lines(report: dict[str, Any]) -> list[str]:
         ("windows", f"of {report['window']} tokens, {report['stride']} apart, after token {report['start_id']}"),
         ("time", f"{report['seconds']:.1f} s, {report['tokens_per_s']:.1f} tokens/s, compilation included"),
     ]
+    rows += [(f"guesses {row['gate']:g}", _guessed_text(row)) for row in report.get("execute_guess", ())]
     return [f"{name:<16}{value}" for name, value in rows]
+
+
+def _guessed_text(row: Mapping[str, Any]) -> str:
+    layers = row["guessed_layers"]
+    named = f"{len(layers)} layers ({', '.join(map(str, layers))})" if layers else "no layer"
+    return f"executed in {named}: {row['bits_per_byte']:.4f} bits per byte, {row['change']:+.2%}"
 
 
 if __name__ == "__main__":

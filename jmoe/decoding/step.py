@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.config import ModelConfig
 from jmoe.decoding.emitted import Emitted, Routed, emit, nothing_emitted, routed_in
 from jmoe.decoding.sampling import Mode, Sampling, sample, token_logprobs
+from jmoe.experts.execute_guess import ExecutedGuess, GuessedRouting
 from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
-from jmoe.experts.look_ahead import Prefetch, Prefetched, no_rows
+from jmoe.experts.look_ahead import Foresight, Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY
-from jmoe.experts.prefetch import Predictor
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import Decoder, build_decoder
@@ -118,13 +118,19 @@ class Steps:
         *,
         admits: bool,
         prefetch: Prefetch | None = None,
+        executed: ExecutedGuess | None = None,
     ) -> tuple[Float[Array, "B T D"], DecodeState, tuple[Routing, ...], Prefetched | None]:
-        """Hidden states, the state after, and what the step's layers routed and had early."""
+        """Hidden states, the state after, and what the step's layers computed (their routing, or what was guessed with
+        `executed`) and had early.
+        """
         experts = self._experts(store, state.experts, admits=admits, prefetch=prefetch)
-        start = experts.start(), ()
-        hidden, cache, (carry, routings) = decoder(
-            token_ids, valid, rope_lengths, state.cache, Observed(experts), start
-        )
+        moe, start = Observed(experts), (experts.start(), ())
+        inputs = token_ids, valid, rope_lengths, state.cache
+        if executed is None:
+            hidden, cache, (carry, routings) = decoder(*inputs, moe, start)
+        else:
+            guessed = GuessedRouting(moe, executed)
+            hidden, cache, ((carry, routings), _) = decoder(*inputs, guessed, guessed.start(start))
         state = dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
         return hidden, state, routings, experts.prefetched(carry)
 
@@ -149,10 +155,13 @@ class Steps:
         jax.jit, static_argnames=("self",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
     )
     def prefill_hidden(
-        self, params, store: ExpertStore, state: DecodeState, chunk: Chunk
+        self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
-        """As `prefill`, but returns the hidden states of the whole chunk and samples nothing."""
-        hidden, state, *_ = self._prefill_chunk(params, store, state, chunk)
+        """As `prefill`, but returns the hidden states of the whole chunk and samples nothing.
+
+        With `executed` they are those that decoding the chunk with these guesses would give.
+        """
+        hidden, state, *_ = self._prefill_chunk(params, store, state, chunk, executed)
         return hidden, state
 
     @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
@@ -165,10 +174,10 @@ class Steps:
         """Natural log-probability of each target after its hidden state, float32: log_softmax(logits)[targets]."""
         return token_logprobs(self.decoder(params).unembed(hidden), targets)
 
-    def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk):
+    def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None):
         valid = jnp.arange(chunk.token_ids.shape[1])[None, :] < chunk.num_valid[:, None]
-        decoder = self.decoder(params)
-        return self.forward(decoder, store, state, chunk.token_ids, valid, chunk.prompt_lengths, admits=False)
+        inputs = self.decoder(params), store, state, chunk.token_ids, valid, chunk.prompt_lengths
+        return self.forward(*inputs, admits=False, executed=executed)
 
     @functools.partial(
         jax.jit,
@@ -183,12 +192,16 @@ class Steps:
         state: DecodeState,
         sampling: Sampling,
         num_steps: Int[Array, ""],
+        executed: ExecutedGuess | None = None,
         *,
         capacity: int,
         mode: Mode,
     ) -> tuple[DecodeState, Emitted]:
-        """Up to `num_steps` <= `capacity` (static) tokens for every sequence; stops when all are done."""
-        return self._decode(params, store, state, sampling, num_steps, None, capacity, mode)
+        """Up to `num_steps` <= `capacity` (static) tokens for every sequence; stops when all are done.
+
+        With `executed` they are other tokens: some layers compute guessed experts.
+        """
+        return self._decode(params, store, state, sampling, num_steps, None, executed, capacity, mode)
 
     @functools.partial(
         jax.jit,
@@ -203,7 +216,7 @@ class Steps:
         state: DecodeState,
         sampling: Sampling,
         num_steps: Int[Array, ""],
-        predictor: Predictor,
+        predictor: Foresight,
         prefetch_rows: Int[Array, ""],
         *,
         prefetch_experts: int,
@@ -211,10 +224,11 @@ class Steps:
         mode: Mode,
     ) -> tuple[DecodeState, Emitted]:
         """As `decode`, with the same tokens; for each layer but the first so many rows of D values, of so many experts
-        at most, come before its router has asked, as the predictor guesses.
+        at most, come before its router has asked, as the predictor guesses. An `ExecutedGuess` is executed too.
         """
         prefetch = Prefetch(prefetch_experts, prefetch_rows, predictor)
-        return self._decode(params, store, state, sampling, num_steps, prefetch, capacity, mode)
+        executed = predictor if isinstance(predictor, ExecutedGuess) else None
+        return self._decode(params, store, state, sampling, num_steps, prefetch, executed, capacity, mode)
 
     def _decode(
         self,
@@ -224,6 +238,7 @@ class Steps:
         sampling: Sampling,
         num_steps,
         prefetch: Prefetch | None,
+        executed: ExecutedGuess | None,
         capacity: int,
         mode: Mode,
     ) -> tuple[DecodeState, Emitted]:
@@ -241,7 +256,7 @@ class Steps:
         def step(loop: tuple[DecodeState, Emitted]) -> tuple[DecodeState, Emitted]:
             state, emitted = loop
             was_done = state.done
-            state, routings, counts = self._decode_step(params, store, state, sampling, prefetch, mode)
+            state, routings, counts = self._decode_step(params, store, state, sampling, prefetch, executed, mode)
             return state, emit(emitted, state.last_tokens, state.last_logprobs, was_done, routings, counts)
 
         state, emitted = jax.lax.while_loop(unfinished, step, (state, emitted))
@@ -251,12 +266,12 @@ class Steps:
         shape = num_steps, self.layout.num_layers, batch_size, 1, self.config.num_experts_per_tok
         return Routed(jnp.full(shape, self.config.num_experts, jnp.uint16), jnp.zeros(shape, jnp.float16))
 
-    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, prefetch, mode: Mode):
+    def _decode_step(self, params, store, state: DecodeState, sampling: Sampling, prefetch, executed, mode: Mode):
         decoder, active = self.decoder(params), ~state.done
         token_ids, rope_lengths = state.last_tokens[:, None], state.cache.lengths + 1
         valid = active[:, None]
         hidden, state, routings, counts = self.forward(
-            decoder, store, state, token_ids, valid, rope_lengths, admits=True, prefetch=prefetch
+            decoder, store, state, token_ids, valid, rope_lengths, admits=True, prefetch=prefetch, executed=executed
         )
         logits = decoder.unembed(hidden[:, 0])
         with jax.named_scope("sample"):

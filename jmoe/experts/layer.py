@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.experts import look_ahead
 from jmoe.experts.look_ahead import Guess, Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
-from jmoe.experts.prefetch import predict
 from jmoe.experts.residency import NONE, Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
@@ -199,8 +198,9 @@ class OffloadedExperts(MoE):
         is_last = following == self.layout.num_layers
         if prefetch is None or is_last or not look_ahead.pays(self.layout, routing.expert_ids.size):
             return carry
-        odds = predict(prefetch.predictor, moe_layer, residual, routing)
-        slot_of, num_asked = self.slots.residency.layers[following].slot_of, routing.expert_ids.size
+        residency, num_asked = self.slots.residency, routing.expert_ids.size
+        odds = prefetch.predictor.odds(moe_layer, residual, routing, residency.clock)
+        slot_of = residency.layers[following].slot_of
         best = look_ahead.guess(odds, slot_of, num_asked, prefetch.num_experts)
         return dataclasses.replace(carry, guess=best)
 

@@ -7,16 +7,30 @@ what is computed.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jmoe.experts.prefetch import Predictor
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import SlotLayout
+from jmoe.model.router import Routing
 from kernels_pallas.admit.reference import rank_of, select
 from kernels_pallas.prefetch.arrivals import Arrivals
+
+
+class Foresight(Protocol):
+    """Whoever says what comes next: a pytree, since it goes through jitted steps. See `jmoe.experts.prefetch`."""
+
+    def odds(
+        self, layer: int, residual: Float[Array, "T D"], routing: Routing, clock: Int[Array, ""]
+    ) -> Float[Array, " E"]:
+        """How likely each expert of layer `layer + 1` is asked for, 0 if never, once `layer` has routed.
+
+        `clock` is the residency's: how many steps have admitted before this one.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +42,7 @@ class Prefetch:
 
     num_experts: int
     num_rows: Int[Array, ""]
-    predictor: Predictor
+    predictor: Foresight
 
 
 @jax.tree_util.register_dataclass

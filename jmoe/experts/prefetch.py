@@ -67,6 +67,12 @@ class Predictor:
     def num_layers(self) -> int:
         return len(self.routers)
 
+    def odds(
+        self, layer: int, residual: Float[Array, "T D"], routing: Routing, clock: Int[Array, ""]
+    ) -> Float[Array, " E"]:
+        """`predict`, one layer ahead; whatever the clock."""
+        return predict(self, layer, residual, routing)
+
 
 def make_predictor(
     config: ModelConfig,
