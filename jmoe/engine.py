@@ -52,8 +52,9 @@ class Engine:
     unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
     `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts,
     and `prefetching` unless it asks for a prefetch and some expert is not resident.
-    `calibration` is what `predictor` guesses with; without one it is the next layer's router alone. `executed` is None
-    unless `runtime` asks to execute guesses, and some layer passes its gate; then decoding says other things.
+    `calibration` is what `predictor` guesses with, unless another is given; without one it is the next layer's router
+    alone. `executed` is None unless `runtime` asks to execute guesses, and some layer passes its gate: then it is the
+    `predictor` as well, and decoding says other things.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Engine:
         experience_file: Path | None = None,
         affinity_files: Sequence[Path] = (),
         calibration: Calibration | None = None,
+        predictor: Foresight | None = None,
         speculative: SpeculativeSteps | None = None,
         announce: Announce | None = None,
     ):
@@ -86,7 +88,7 @@ class Engine:
         self.drafting = self._drafting(speculative, affinity_files)
         self.calibration, self.executed = calibration, self._executed(calibration)
         self.prefetching = prefetching(config, runtime, plan)
-        self.predictor = self._predictor() if self.prefetching else None
+        self.predictor = self._predictor(predictor) if self.prefetching else None
         self._slots: ExpertSlots | None = self._fill_slots()
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:
@@ -106,8 +108,8 @@ class Engine:
             return None
         return executed_guess(self.config, self.weights.params, gate, calibration, implementation=implementation)
 
-    def _predictor(self) -> Foresight:
-        return self.executed or predictor_of(self.config, self.weights.params, self.calibration)
+    def _predictor(self, given: Foresight | None) -> Foresight:
+        return self.executed or given or predictor_of(self.config, self.weights.params, self.calibration)
 
     @classmethod
     def start(

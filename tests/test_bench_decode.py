@@ -148,8 +148,22 @@ def test_a_row_for_each_amount_that_is_prefetched(bench) -> None:
     assert ahead["mb_per_token"] == pytest.approx(plain["mb_per_token"] + ahead["wasted_mb"])
 
 
+def test_an_oracle_is_always_right(bench) -> None:
+    """With as many experts as a token has, all that the second of two layers is missing comes early."""
+    lines = bench("--shares", "0.25", "--no-reference", "--prefetch", "oracle", "--prefetch-experts", "0", "0.5", "4")
+    assert "oracle: 20 decode steps recorded" in lines
+    report = json.loads(lines[-1])
+    assert report["card"]["prefetch"] == "oracle"
+    plain, half, most = report["rows"]
+    assert plain["useful"] is None
+    assert half["useful"] == most["useful"] == 1
+    assert half["hit_rate"] == most["hit_rate"] == plain["hit_rate"]
+    assert half["mb_per_token"] == most["mb_per_token"] == plain["mb_per_token"]
+    assert 0 < half["early_mb"] < most["early_mb"] < plain["mb_per_token"]
+
+
 def test_an_amount_without_a_prefetch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         bench_decode.main(["--config", str(TINY), "--prefetch-experts", "1"])
     assert stop.value.code == 2
-    assert "is what --prefetch lookahead brings; add that" in capsys.readouterr().err
+    assert "is what --prefetch lookahead brings, or oracle; add one of them" in capsys.readouterr().err

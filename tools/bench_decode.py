@@ -3,6 +3,7 @@
     python -m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat
     python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1
     python -m tools.bench_decode --model path/to/checkpoint --prefetch lookahead --prefetch-experts 0 0.25 0.5 1
+    python -m tools.bench_decode --model path/to/checkpoint --prefetch oracle --prefetch-experts 0 1 2 4
 
 Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
 on the device and no slots at all. A checkpoint continues real text, random weights random token ids, which they route
@@ -13,7 +14,12 @@ as their scales make them (see `jmoe.synthetic`): so a figure of theirs means so
 embedding table, and every expert asked for), and a pass over device memory in this run.
 
 `prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
-crossed the link), and `wasted_mb` what it did not. With --prefetch-experts 0 nothing comes early.
+crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. With --prefetch-experts 0
+nothing comes early.
+
+--prefetch oracle shows what bringing experts early can do, were every guess right: the same prompts are run once
+before, with the same seeds, and what each step asked for is brought where it is missing. Its `useful` is 1, or in
+bfloat16 a little less: two programs may decide a near-tie otherwise, and then the timed steps are not those recorded.
 """
 
 import argparse
@@ -47,6 +53,7 @@ from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
 from tools.decode_table import print_row, timing
+from tools.oracle import Oracle, record
 from tools.random_weights import random_weights
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
@@ -73,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true", help="leave out the row with no slots")
     parser.add_argument("--residency-policy", choices=POLICIES, help="default: the engine's")
-    parser.add_argument("--prefetch", choices=get_args(Prefetching), default="off", help="default: off")
+    parser.add_argument("--prefetch", choices=(*get_args(Prefetching), "oracle"), default="off", help="default: off")
     parser.add_argument(
         "--prefetch-experts", type=float, nargs="+", metavar="X", help="of each layer: a row each; default: 0.5"
     )
@@ -81,8 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.config and args.prompts:
         parser.error("argument --prompts: not allowed with --config, whose prompts are random token ids")
-    if args.prefetch_experts and args.prefetch != "lookahead":
-        parser.error("argument --prefetch-experts: is what --prefetch lookahead brings; add that")
+    if args.prefetch_experts and args.prefetch not in ("lookahead", "oracle"):
+        parser.error("argument --prefetch-experts: is what --prefetch lookahead brings, or oracle; add one of them")
     args.prompts = args.prompts or PROMPTS
     args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.5]
     return args
@@ -152,7 +159,24 @@ class Bench:
         self.ceiling, self.hbm_gbps = memory.measure_link_gbps(), memory_gbps()
         self.weights = self._weights(path)
         say = functools.partial(print, flush=True)
-        self.calibration = load_calibration(path, self.config, say) if path and args.prefetch != "off" else None
+        self.calibration = load_calibration(path, self.config, say) if path and self.guesses else None
+        self.oracle = self._record() if args.prefetch == "oracle" else None
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a prefetch goes by guesses."""
+        return self.args.prefetch in ("lookahead", "auto")
+
+    def _record(self) -> Oracle:
+        """Of all runs to come: what is asked for does not depend on what has a slot."""
+        runtime = dataclasses.replace(self.runtime(self.config.num_experts_per_tok), record_routing=True)
+        engine = Engine.start(self.config, runtime, lambda: self.weights)
+        traces = [record(engine, prompts.tolist(), self.sampling(run)) for run, prompts in enumerate(self.prompts)]
+        del engine
+        gc.collect()
+        made = Oracle.of(traces)
+        print(f"oracle: {len(made.needed)} decode steps recorded", flush=True)
+        return made
 
     def _weights(self, path: Path | None):
         start = time.perf_counter()
@@ -167,7 +191,8 @@ class Bench:
 
     def runtime(self, expert_slots: int, prefetch_experts: float = 0.0) -> RuntimeConfig:
         args = self.args
-        ahead = {"prefetch": args.prefetch, "prefetch_experts": prefetch_experts} if prefetch_experts else {}
+        kind = "lookahead" if args.prefetch == "oracle" else args.prefetch
+        ahead = {"prefetch": kind, "prefetch_experts": prefetch_experts} if prefetch_experts else {}
         return RuntimeConfig(
             expert_slots=expert_slots,
             staging_slots=args.staging_slots,
@@ -194,7 +219,8 @@ class Bench:
 
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
         runtime = self.runtime(slots, prefetch_experts)
-        engine = Engine.start(self.config, runtime, lambda: self.weights, calibration=self.calibration)
+        knows = {"calibration": self.calibration, "predictor": self.oracle}
+        engine = Engine.start(self.config, runtime, lambda: self.weights, **knows)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
@@ -226,6 +252,7 @@ class Bench:
             "mb_per_token": link_bytes / tokens / 1e6,
             "early_mb": early.useful_bytes / tokens / 1e6 if early else None,
             "wasted_mb": early.wasted_bytes / tokens / 1e6 if early else None,
+            "useful": early.useful_share if early else None,
             "link_gbps": link_bytes / steps / mean_ms / 1e6,
             "percent_of_roofline": 100 * roof_ms / mean_ms,
             "hbm_gbps": hbm_gbps,

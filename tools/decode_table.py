@@ -28,6 +28,7 @@ COLUMNS = (
     ("mb_per_token", "{:.1f}"),
     ("early_mb", "{:.1f}"),
     ("wasted_mb", "{:.1f}"),
+    ("useful", "{:.3f}"),
     ("link_gbps", "{:.1f}"),
     ("percent_of_roofline", "{:.1f}"),
     ("hbm_gbps", "{:.0f}"),
