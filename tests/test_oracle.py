@@ -7,42 +7,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.config import RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
 from jmoe.generation import Generation
 from jmoe.model.router import Routing
 from tests import models
 from tests.models import SMALL
-from tools.oracle import Oracle, record
+from tools.oracle import Oracle
 
 A, E = SMALL.num_experts_per_tok, SMALL.num_experts
 BATCHES = [models.prompts(9, 4), models.prompts(13, 6, seed=1)]
 SAMPLING = [SamplingParams(max_new_tokens=14, temperature=2.0), SamplingParams(max_new_tokens=9)]
 
 
-def runtime(**more):
-    return models.engine(SMALL, batch_size=2, expert_slots=2 * A, prefill_chunk=16, decode_chunk=5, **more).runtime
-
-
-@functools.cache
-def oracle() -> Oracle:
-    recording = Engine.start(SMALL, runtime(record_routing=True), models.weights)
-    return Oracle.of([record(recording, prompts, SAMPLING) for prompts in BATCHES])
-
-
 def ran(predictor: Oracle | None, **more) -> tuple[list[Generation], Engine]:
-    made = Engine.start(SMALL, runtime(**more), models.weights, predictor=predictor)
+    sizes = {"batch_size": 2, "expert_slots": 2 * A, "max_seq_len": 64, "prefill_chunk": 16, "decode_chunk": 5}
+    runtime = RuntimeConfig(**{**sizes, "measure_link": False, **more})
+    made = Engine.start(SMALL, runtime, models.weights, predictor=predictor)
     generations = [made.generate(prompts, SAMPLING) for prompts in BATCHES]
     for generation in generations:
         generation.results()
     return generations, made
 
 
+@functools.cache
+def recorded() -> tuple[list[Generation], Engine]:
+    return ran(None, record_routing=True)
+
+
 @pytest.mark.parametrize("amount", [0.3, 4.0])
 def test_all_that_comes_early_is_used_and_no_token_changes(amount: float) -> None:
     """Of a batch one of whose sequences ends first, and of the one after it. Four experts are all a batch asks for."""
-    plain, before = ran(None)
-    ahead, made = ran(oracle(), prefetch="lookahead", prefetch_experts=amount)
+    plain, before = recorded()
+    oracle = Oracle.of([generation.trace for generation in plain])
+    ahead, made = ran(oracle, prefetch="lookahead", prefetch_experts=amount)
     for one, other in zip(plain, ahead, strict=True):
         assert [each.token_ids for each in one.completions] == [each.token_ids for each in other.completions]
         assert one.stats.decode == other.stats.decode

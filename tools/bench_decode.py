@@ -53,7 +53,7 @@ from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
 from tools.decode_table import print_row, timing
-from tools.oracle import Oracle, record
+from tools.oracle import Oracle
 from tools.random_weights import random_weights
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
@@ -161,6 +161,7 @@ class Bench:
         say = functools.partial(print, flush=True)
         self.calibration = load_calibration(path, self.config, say) if path and self.guesses else None
         self.oracle = self._record() if args.prefetch == "oracle" else None
+        gc.collect()  # the slots of that engine
 
     @property
     def guesses(self) -> bool:
@@ -171,9 +172,11 @@ class Bench:
         """Of all runs to come: what is asked for does not depend on what has a slot."""
         runtime = dataclasses.replace(self.runtime(self.config.num_experts_per_tok), record_routing=True)
         engine = Engine.start(self.config, runtime, lambda: self.weights)
-        traces = [record(engine, prompts.tolist(), self.sampling(run)) for run, prompts in enumerate(self.prompts)]
-        del engine
-        gc.collect()
+        traces = []
+        for repeat, prompts in enumerate(self.prompts):
+            generation = engine.generate(prompts.tolist(), self.sampling(repeat))
+            generation.results()
+            traces.append(generation.trace)
         made = Oracle.of(traces)
         print(f"oracle: {len(made.needed)} decode steps recorded", flush=True)
         return made

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jmoe.decoding.sampling import SamplingParams
-from jmoe.engine import Engine
 from jmoe.model.router import Routing
 from jmoe.traces import Trace
 
@@ -36,10 +34,3 @@ class Oracle:
     def of(cls, traces: Sequence[Trace]) -> "Oracle":
         """Of generations one after another. Raises ValueError for none, or of several models."""
         return cls(jnp.asarray(Trace.concatenate(traces).needed(prefill=False)))
-
-
-def record(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> Trace:
-    """The routing of a generation. Raises RuntimeError unless the engine records routing."""
-    generation = engine.generate(prompts, sampling)
-    generation.results()
-    return generation.trace
