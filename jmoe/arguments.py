@@ -191,6 +191,7 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         "residency_policy": options.residency_policy,
         "implementation": options.implementation,
         "measure_link": False if options.no_link_test else None,
+        "profiled": True if options.profile else None,
     }
     made = dataclasses.replace(runtime, **{name: value for name, value in given.items() if value is not None})
     if options.draft_tokens is not None and made.draft != "auto":

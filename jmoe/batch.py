@@ -71,7 +71,7 @@ class Batch:
         self.prefetching = engine.prefetching if pays else None
         self._draft_set: DraftSet | None = None
         self._next: _Call | None = None
-        self._runs_ahead = not any(request.stop for request in requests)  # their text may make a call needless
+        self._runs_ahead = not engine.runtime.profiled and not any(request.stop for request in requests)
         self._last_end = 0.0
         self._num_active = len(sequences)
         self._before = read_counts(state.experts.residency)
@@ -150,8 +150,8 @@ class Batch:
     def decode(self) -> Iterator[Delta]:
         """The tokens of one call of a jitted step: plain steps, or cycles.
 
-        The next call is asked for before: the device goes on while the host takes this one's tokens apart. After a try
-        (see `jmoe.decoding.contest`) what to do next depends on how it went.
+        The next call is asked for before: the device goes on while the host takes this one's tokens apart. But a stop
+        string may make it needless, and after a try (see `jmoe.decoding.contest`) it depends on how that went.
         """
         call, self._next = self._next or self._begin(), None
         is_try = call.choice.num_steps is not None

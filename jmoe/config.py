@@ -190,7 +190,9 @@ class RuntimeConfig:
     are shared by all layers. `device_memory_bytes` and `host_memory_bytes` bound what the plan may use. `dtype`
     overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the kernels. `decode_chunk` is
     the most tokens that one call of the jitted step produces. `record_routing` keeps which experts every token went to,
-    see `Generation.trace`. `residency_policy` names what decides which experts keep their slots (docs/residency.md).
+    see `Generation.trace`. `profiled` lets a profiler see every kernel, which takes a little speed: a call of a step
+    waits for the one before, each turn of its loops for the host. `residency_policy` names what decides which experts
+    keep their slots (docs/residency.md).
 
     `draft` says how many tokens speculative decoding drafts at a time (docs/speculative.md): "off", a number, or
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
@@ -215,6 +217,7 @@ class RuntimeConfig:
     implementation: str | None = None
     measure_link: bool = True
     record_routing: bool = False
+    profiled: bool = False
     residency_policy: str | None = None
     draft: str | int = "off"
     draft_experts: int | None = None

@@ -135,7 +135,8 @@ class Engine:
             say(f"link ceiling {ceiling:.1f} GB/s (plain copies, pinned host to device)")
         policy = runtime.residency_policy or DEFAULT_POLICY
         say(policy_line(policy, runtime, plan))
-        steps = Steps(config, plan.layout, runtime.implementation, record=runtime.record_routing, policy=policy)
+        how = {"record": runtime.record_routing, "policy": policy, "profiled": runtime.profiled}
+        steps = Steps(config, plan.layout, runtime.implementation, **how)
         speculative = speculative_steps(steps, runtime)
         if speculative:
             say(drafting_line(speculative, runtime, plan.layout))

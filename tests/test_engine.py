@@ -290,6 +290,36 @@ def test_lost_slots_are_filled_anew(engine: Engine) -> None:
     assert tokens(engine) == expected()
 
 
+class Counted:
+    """Steps that count how often a decode was asked for."""
+
+    def __init__(self, steps):
+        self._steps, self.num_decodes = steps, 0
+
+    def __getattr__(self, name: str):
+        self.num_decodes += name == "decode"
+        return getattr(self._steps, name)
+
+
+@pytest.mark.parametrize(("profiled", "stop", "ahead"), [(False, (), 1), (False, ("never said",), 0), (True, (), 0)])
+def test_the_next_call_is_asked_for_before_tokens_are_handed_out(
+    profiled: bool, stop: tuple[str, ...], ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where they may make it needless, nor while a profiler looks on; and none is asked for in vain."""
+    runtime = RuntimeConfig(
+        expert_slots=4, max_seq_len=MAX_SEQ_LEN, prefill_chunk=16, decode_chunk=5, measure_link=False, profiled=profiled
+    )
+    engine = Engine.start(TEXT, runtime, lambda: models.weights(TEXT), tokenizer=BYTES)
+    request = SamplingParams(max_new_tokens=12, stop=stop)
+    [completion] = engine.generate(["A prompt"], request).results()  # compiles
+    monkeypatch.setattr(engine, "steps", Counted(engine.steps))
+    generation = engine.generate(["A prompt"], request)
+    num_decodes = [engine.steps.num_decodes for _ in generation]
+    assert num_decodes[:3] == [0, 1 + ahead, 2 + ahead]
+    assert num_decodes[-1] == len(generation.stats.decode_calls)
+    assert generation.completions == [completion]
+
+
 # Figures
 
 

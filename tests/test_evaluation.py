@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from jmoe import checkpoint, convert, synthetic
 from jmoe.config import RuntimeConfig
-from jmoe.decoding.step import Steps, forward_resident
+from jmoe.decoding.resident import forward_resident
+from jmoe.decoding.step import Steps
 from jmoe.engine import Engine, Weights
 from jmoe.evaluation import Score, cut_windows, document_start, evaluate
 from jmoe.executing import executed_guess

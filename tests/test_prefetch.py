@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jmoe.decoding.step import forward_routed
+from jmoe.decoding.resident import forward_routed
 from jmoe.experts import activation, prefetch
 from jmoe.experts.prefetch import Estimator, everywhere, make_predictor, placed, predict, predicted_logits
 from jmoe.experts.prefetch_file import Calibration, file_beside, read_calibration

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jmoe.batch import prompt_chunks
+from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.sampling import SamplingParams, batch_sampling
-from jmoe.decoding.step import Steps, forward_resident, init_state
+from jmoe.decoding.step import Steps, init_state
 from jmoe.experts.residency import init_residency
 from jmoe.experts.slots import ExpertSlots
 from jmoe.model.kv_cache import init_kv_cache

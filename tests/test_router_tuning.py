@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmoe import memory
-from jmoe.decoding.step import forward_routed
+from jmoe.decoding.resident import forward_routed
 from jmoe.training import frozen as frozen_module
 from jmoe.training import tuning_loop
 from jmoe.training.batches import Batches

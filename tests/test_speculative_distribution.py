@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jmoe.config import RuntimeConfig
+from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.sampling import SamplingParams
-from jmoe.decoding.step import forward_resident
 from jmoe.engine import Engine
 from tests import models
 from tests.models import SMALL

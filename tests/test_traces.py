@@ -15,8 +15,9 @@ from hypothesis import given, settings
 
 from jmoe import routing_stats
 from jmoe.batch import prompt_chunks
+from jmoe.decoding.resident import forward_routed
 from jmoe.decoding.sampling import SamplingParams, batch_sampling
-from jmoe.decoding.step import Steps, forward_routed
+from jmoe.decoding.step import Steps
 from jmoe.generation import Generation
 from jmoe.traces import Recording, Trace
 from tests import models

@@ -86,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="add each row to it at once, a line of JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="tokens/s by batch size, drawn after each row")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="a profiler trace of a call of drafts' last row")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="a profiler trace of a call of drafts' last row; rows are slower for it",
+    )
     return parser
 
 
@@ -218,6 +223,7 @@ class Bench:
             draft_policy=way.policy,
             draft_missing=way.missing,
             measure_link=False,
+            profiled=options.profile is not None,
         )
 
     def _generate(self, engine: Engine, way: Way, which: range, most: int) -> Generation:

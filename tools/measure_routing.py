@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from jmoe import checkpoint, memory, routing_stats, sources
 from jmoe.config import ModelConfig
-from jmoe.decoding.step import COMPILER_OPTIONS, forward_routed
+from jmoe.decoding.compiled import COMPILER_OPTIONS
+from jmoe.decoding.resident import forward_routed
 from jmoe.routing_stats import RoutingSummary, summarize
 from jmoe.tokenizer import Tokenizer, load_tokenizer
 from tools import stdlib_corpus

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
-from jmoe.decoding.step import Steps
 from jmoe.engine import Engine
 from tools.command import exit_code
 from tools.random_weights import random_weights
@@ -86,6 +85,7 @@ def _run(options: argparse.Namespace) -> None:
         max_seq_len=options.prompt_tokens + 2 * options.steps + 2,
         decode_chunk=options.steps,
         measure_link=False,
+        profiled=True,
         **({"prefetch": "lookahead", "prefetch_experts": options.prefetch_experts} if options.prefetch_experts else {}),
     )
     engine = Engine.start(config, runtime, lambda: random_weights(config, "flat", 0))
@@ -126,9 +126,9 @@ def compiled_text(engine: Engine) -> str:
     static = {"capacity": engine.runtime.decode_chunk, "mode": sampling_mode(params)}
     if engine.prefetching:
         most = engine.prefetching.num_experts
-        lowered = Steps.decode_prefetching.lower(*inputs, engine.predictor, one, prefetch_experts=most, **static)
+        lowered = engine.steps.decode_prefetching.lower(*inputs, engine.predictor, one, prefetch_experts=most, **static)
     else:
-        lowered = Steps.decode.lower(*inputs, **static)
+        lowered = engine.steps.decode.lower(*inputs, **static)
     engine.give_back(state)
     return lowered.compile().as_text() or ""
 

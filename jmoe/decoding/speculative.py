@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jmoe.decoding.compiled import StepJit
 from jmoe.decoding.sampling import NO_TOKEN, Mode, Sampling, sample
-from jmoe.decoding.step import COMPILER_OPTIONS, DecodeState, Steps
+from jmoe.decoding.step import DecodeState, Steps
 from jmoe.experts import draft
 from jmoe.experts.draft import DraftConfig, DraftExperts, DraftSet
 from jmoe.experts.residency import Counters
@@ -54,6 +55,10 @@ class SpeculativeSteps:
     draft: DraftConfig
     max_draft_tokens: int
 
+    @property
+    def profiled(self) -> bool:
+        return self.steps.profiled
+
     def __post_init__(self) -> None:
         if self.max_draft_tokens < 1:
             raise ValueError(f"draft tokens={self.max_draft_tokens} must be at least 1; 0 is plain decoding")
@@ -63,17 +68,12 @@ class SpeculativeSteps:
                 "decode without drafts"
             )
 
-    @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
+    @StepJit
     def start(self, experts: ExpertSlots, distances: Float[Array, "L E E"] | None = None) -> DraftSet:
         """The draft set before the first verification, or where plain steps came between."""
         return draft.start(self.draft, experts, distances, self.steps.policy)
 
-    @functools.partial(
-        jax.jit,
-        static_argnames=("self", "capacity", "mode"),
-        donate_argnames=("state", "draft_set"),
-        compiler_options=COMPILER_OPTIONS,
-    )
+    @functools.partial(StepJit, static_argnames=("capacity", "mode"), donate_argnames=("state", "draft_set"))
     def decode(
         self,
         params,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
+from jmoe.decoding.compiled import StepJit
 from jmoe.decoding.emitted import Emitted, Routed, emit, nothing_emitted, routed_in
 from jmoe.decoding.sampling import Mode, Sampling, sample, token_logprobs
 from jmoe.experts.execute_guess import ExecutedGuess, GuessedRouting
@@ -72,16 +73,6 @@ class Chunk:
     prompt_lengths: Int[Array, " B"]
 
 
-COMPILER_OPTIONS = {
-    # XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of
-    # it. It makes none of these steps faster (docs/benchmarks.md).
-    "xla_gpu_experimental_enable_fusion_autotuner": False,
-    # XLA's own list and its loops: a whole call is one CUDA graph, whose turns wait for no host.
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-}
-PREFETCH_COMPILER_OPTIONS = {**COMPILER_OPTIONS, **prefetch_api.COMPILER_OPTIONS}
-
-
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The steps of one model. Everything here is static and quickly hashed, so that it may be `self` under jit.
@@ -95,6 +86,7 @@ class Steps:
     resident: bool = False  # the reference: the store is on the device, and the slots are not used
     record: bool = False  # whether prefill and decode also return what was routed
     policy: str = DEFAULT_POLICY  # of residency, a name of `jmoe.experts.policies.POLICIES`
+    profiled: bool = False  # whether a profiler is to see every kernel, see `StepJit`
 
     def decoder(self, params) -> Decoder:
         """The model with these parameters."""
@@ -134,9 +126,7 @@ class Steps:
         state = dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
         return hidden, state, routings, experts.prefetched(carry)
 
-    @functools.partial(
-        jax.jit, static_argnames=("self", "mode"), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
-    )
+    @functools.partial(StepJit, static_argnames=("mode",), donate_argnames=("state",))
     def prefill(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
     ) -> tuple[DecodeState, Routed | None]:
@@ -151,9 +141,7 @@ class Steps:
         state = self._advance(state, chunk.is_last, tokens, logprobs, sampling)
         return state, routed_in(routings, chunk.num_valid.size) if self.record else None
 
-    @functools.partial(
-        jax.jit, static_argnames=("self",), donate_argnames=("state",), compiler_options=COMPILER_OPTIONS
-    )
+    @functools.partial(StepJit, donate_argnames=("state",))
     def prefill_hidden(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
@@ -164,12 +152,12 @@ class Steps:
         hidden, state, *_ = self._prefill_chunk(params, store, state, chunk, executed)
         return hidden, state
 
-    @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
+    @StepJit
     def unembed(self, params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of hidden states."""
         return self.decoder(params).unembed(hidden)
 
-    @functools.partial(jax.jit, static_argnames=("self",), compiler_options=COMPILER_OPTIONS)
+    @StepJit
     def token_logprobs(self, params, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Natural log-probability of each target after its hidden state, float32: log_softmax(logits)[targets]."""
         return token_logprobs(self.decoder(params).unembed(hidden), targets)
@@ -179,12 +167,7 @@ class Steps:
         inputs = self.decoder(params), store, state, chunk.token_ids, valid, chunk.prompt_lengths
         return self.forward(*inputs, admits=False, executed=executed)
 
-    @functools.partial(
-        jax.jit,
-        static_argnames=("self", "capacity", "mode"),
-        donate_argnames=("state",),
-        compiler_options=COMPILER_OPTIONS,
-    )
+    @functools.partial(StepJit, static_argnames=("capacity", "mode"), donate_argnames=("state",))
     def decode(
         self,
         params,
@@ -204,10 +187,10 @@ class Steps:
         return self._decode(params, store, state, sampling, num_steps, None, executed, capacity, mode)
 
     @functools.partial(
-        jax.jit,
-        static_argnames=("self", "prefetch_experts", "capacity", "mode"),
+        StepJit,
+        static_argnames=("prefetch_experts", "capacity", "mode"),
         donate_argnames=("state",),
-        compiler_options=PREFETCH_COMPILER_OPTIONS,
+        compiler_options=prefetch_api.COMPILER_OPTIONS,
     )
     def decode_prefetching(
         self,
@@ -290,33 +273,3 @@ class Steps:
             budget=budget,
             done=state.done | (produced & ended),
         )
-
-
-def forward_resident(
-    config: ModelConfig,
-    params: Mapping[str, Array],
-    expert_layers: tuple[Float[Array, "E 3 F D"], ...],
-    token_ids: Int[Array, "B T"],
-    *,
-    implementation: str | None = "reference",
-) -> Float[Array, "B T V"]:
-    """Logits of whole sequences with every expert on the device: the reference that every other path must equal."""
-    return forward_routed(config, params, expert_layers, token_ids, implementation=implementation)[0]
-
-
-def forward_routed(
-    config: ModelConfig,
-    params: Mapping[str, Array],
-    expert_layers: tuple[Float[Array, "E 3 F D"], ...],
-    token_ids: Int[Array, "B T"],
-    *,
-    implementation: str | None = "reference",
-) -> tuple[Float[Array, "B T V"], tuple[Routing, ...]]:
-    """As `forward_resident`, and the routing of each MoE layer, whose rows are the tokens [B*T] in order."""
-    decoder = build_decoder(config, params)
-    batch, length = token_ids.shape
-    cache = init_kv_cache(config, batch, length)
-    experts = Observed(ResidentExperts(expert_layers, implementation=implementation))
-    valid, lengths = jnp.ones(token_ids.shape, bool), jnp.full((batch,), length, jnp.int32)
-    hidden, _, (_, routings) = decoder(token_ids, valid, lengths, cache, experts, (None, ()))
-    return decoder.unembed(hidden), routings

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.decoding.step import COMPILER_OPTIONS
+from jmoe.decoding.compiled import COMPILER_OPTIONS
 from jmoe.experts.layer import ResidentExperts
 from jmoe.experts.prefetch import Estimator
 from jmoe.model.decoder import build_decoder, exact

@@ -10,8 +10,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
+from jmoe.decoding.compiled import COMPILER_OPTIONS
 from jmoe.decoding.sampling import token_logprobs
-from jmoe.decoding.step import COMPILER_OPTIONS
 from jmoe.training import locality
 from jmoe.training.config import RouterTuningConfig
 from jmoe.training.frozen import RESIDENT, Frozen, Placement, Routed, Routers, forward

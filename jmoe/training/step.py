@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jmoe.config import ModelConfig
+from jmoe.decoding.resident import forward_routed
 from jmoe.decoding.sampling import token_logprobs
-from jmoe.decoding.step import forward_routed
 from jmoe.model.families import trunk_shapes
 from jmoe.training.config import TrainingConfig
 from jmoe.training.losses import load_balancing_loss, router_z_loss

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.sampling import SamplingParams
-from jmoe.decoding.step import forward_resident
 from tests import models
 
 pytestmark = pytest.mark.gpu
