@@ -8,7 +8,6 @@ what that changed.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ from jmoe.checkpoint import Manifest, some_of
 from jmoe.config import ModelConfig
 from jmoe.model import families
 from jmoe.model.tensors import Leaf
+from jmoe.whole_files import new_file
 
 FORMAT, VERSION = "jmoe routers", 1
 
@@ -47,12 +47,8 @@ class RouterDelta:
         _check(f"{file}", self.routers, {leaf.path: leaf.shape for leaf in leaves}, ValueError)
         tensors = {leaf.pieces[0].name: leaf.pieces[0].take(self.routers[leaf.path]) for leaf in leaves}
         header = {"format": FORMAT, "version": VERSION, "fingerprint": self.base_fingerprint, "facts": dict(self.facts)}
-        scratch = file.with_name(f"{file.name}.{os.getpid()}.incomplete")
-        try:
+        with new_file(file) as scratch:
             scratch.write_bytes(serialize(tensors, metadata={"jmoe": json.dumps(header)}))
-            os.replace(scratch, file)
-        finally:
-            scratch.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, file: str | Path, manifest: Manifest) -> Self:

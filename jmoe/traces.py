@@ -6,7 +6,6 @@ fingerprint, model), and beside it the arrays of `Trace` by their names.
 
 import dataclasses
 import json
-import os
 import zipfile
 import zlib
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from jmoe.config import ModelConfig
+from jmoe.whole_files import new_file
 
 FORMAT, VERSION = "jmoe trace", 1
 _ARRAYS = ("expert_ids", "combine_weights", "request", "position", "step", "is_prefill")
@@ -137,14 +137,9 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all; one that is there is replaced."""
         path = Path(path)
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
         header = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in _FACTS}
-        try:
-            with scratch.open("wb") as file:
-                np.savez_compressed(file, header=json.dumps(header), **{name: getattr(self, name) for name in _ARRAYS})
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with new_file(path) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, header=json.dumps(header), **{name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

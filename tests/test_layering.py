@@ -29,7 +29,7 @@ ROWS = (
     ("jmoe.experts.prefetch",),
     ("jmoe.model", "jmoe.experts"),
     ("kernels_pallas",),
-    ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats"),
+    ("jmoe.shapes", "jmoe.config", "jmoe.routing_stats", "jmoe.whole_files"),
 )
 PART_OF = {
     "jmoe.announcement": "jmoe.engine",

@@ -29,6 +29,7 @@ from jmoe.training.batches import Batches
 from jmoe.training.config import TrainingConfig
 from jmoe.training.loop import Evaluation, HeldOut, Outcome, fit
 from jmoe.training.step import Losses, Params, Trainer
+from jmoe.whole_files import new_file
 from tools import demo_card
 from tools.command import exit_code
 from tools.measure_routing import layer_columns, record
@@ -136,9 +137,8 @@ def _tokenizer(file: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
             "give more text or lower vocab_size"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".incomplete")
-    tokenizer.save(str(scratch))
-    scratch.replace(file)
+    with new_file(file) as scratch:
+        tokenizer.save(str(scratch))
     return tokenizer
 
 

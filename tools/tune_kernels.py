@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 
+from jmoe.whole_files import new_file
 from kernels_pallas import backends, tuning
 from tools.bench_kernels import chosen_specs, link_gbps, median_seconds, memory_gbps
 from tools.command import exit_code
@@ -215,9 +215,8 @@ def write(path: Path, key: tuning.Key, gpu: str, result: Result) -> None:
     if result.winner:
         config = dataclasses.asdict(result.winner.config)
         kept.append(tuning.Entry(key, gpu, config, result.winner.us, result.own.us))
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(tuning.text(kept), encoding="utf-8")
-    os.replace(part, path)
+    with new_file(path) as scratch:
+        scratch.write_text(tuning.text(kept), encoding="utf-8")
 
 
 def _words(config: Any) -> str:

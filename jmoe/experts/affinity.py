@@ -5,7 +5,6 @@ An npz without pickles: `header`, a string of JSON (format, version, fingerprint
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float
 from jmoe import memory
 from jmoe.experts.draft import expert_distances
 from jmoe.experts.store import ExpertStore
+from jmoe.whole_files import new_file
 
 FORMAT, VERSION = "jmoe expert affinity", 1
 FILE = "affinity.npz"
@@ -63,13 +63,8 @@ def _keep(files: Sequence[Path], fingerprint: str, distances: np.ndarray, announ
 def save(file: Path, fingerprint: str, distances: np.ndarray) -> None:
     """Writes the distances; whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.incomplete")
-    try:
-        with scratch.open("wb") as out:
-            np.savez(out, allow_pickle=False, header=json.dumps(_header(fingerprint)), distances=distances)
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with new_file(file) as scratch, scratch.open("wb") as out:
+        np.savez(out, allow_pickle=False, header=json.dumps(_header(fingerprint)), distances=distances)
 
 
 def load(file: Path, fingerprint: str, shape: tuple[int, int, int]) -> np.ndarray:

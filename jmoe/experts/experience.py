@@ -6,7 +6,6 @@ it the fields that the policy names as `learned`.
 
 import dataclasses
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from jmoe.experts.policies import POLICIES
 from jmoe.experts.slots import ExpertSlots
+from jmoe.whole_files import new_file
 
 FORMAT, VERSION = "jmoe residency experience", 1
 
@@ -62,13 +62,8 @@ def save(path: Path, policy: str, fingerprint: str, tracked: Any) -> None:
     arrays = {name: np.asarray(getattr(tracked, name)) for name in POLICIES[policy].learned}
     header = json.dumps(_header(policy, fingerprint))
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    try:
-        with scratch.open("wb") as file:
-            np.savez(file, allow_pickle=False, header=header, **arrays)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with new_file(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, allow_pickle=False, header=header, **arrays)
 
 
 def load(path: Path, policy: str, fingerprint: str, tracked: Any) -> Any:

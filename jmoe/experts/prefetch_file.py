@@ -6,7 +6,6 @@ Tensors, float32: `default_vectors` [L, E, D], and where layer l has an estimato
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from jmoe.config import ModelConfig
 from jmoe.experts.prefetch import Estimator, Estimators, Methods, Predictor, make_predictor, placed, places
+from jmoe.whole_files import new_file
 
 FILE_NAME = "prefetch.safetensors"
 FORMAT, VERSION = "jmoe prefetch", "1"
@@ -58,12 +58,8 @@ class Calibration:
                 tensors[f"{_name(n, layer)}/{part}"] = np.ascontiguousarray(getattr(estimator, part), np.float32)
         lists = {"methods": json.dumps(self.methods), "recall": json.dumps(self.recall)}
         metadata = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, **lists}
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-        try:
-            save_file(tensors, scratch, metadata)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        with new_file(path) as scratch:
+            scratch.write_bytes(serialize(tensors, metadata))  # save_file would make it the owner's alone
 
 
 def file_beside(checkpoint: Path) -> Path:

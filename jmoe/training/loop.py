@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jmoe.evaluation import cut_windows
 from jmoe.training.batches import Batches
 from jmoe.training.step import Losses, Params, Trainer, TrainState
+from jmoe.whole_files import new_file
 
 REPORT_EVERY = 10  # steps: reading a loss waits for the device
 Report = Callable[[int, Losses, float], None]  # told (steps done, losses of the last one, tokens/s)
@@ -209,9 +210,8 @@ def require_same(file: Path, mine: dict[str, Any]) -> None:
     mine = json.loads(json.dumps(mine))  # tuples become lists, as they will be read
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".incomplete")
-        scratch.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(file)
+        with new_file(file) as scratch:
+            scratch.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
         return
     theirs = json.loads(file.read_text(encoding="utf-8"))
     if mine != theirs:

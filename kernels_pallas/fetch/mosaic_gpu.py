@@ -4,6 +4,7 @@ Bound by the link (see `tile_ring`); what a prefetch has brought comes from the 
 count is read on the device.
 """
 
+import functools
 import math
 
 import jax
@@ -23,6 +24,7 @@ def key(store) -> tuning.Key:
     return tuning.key("fetch", store.dtype, num_hidden=store.shape[2], width=store.shape[3])
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
 def fetch(
     store,
     slots,
