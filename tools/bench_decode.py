@@ -35,26 +35,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jmoe import checkpoint, memory, sources
-from jmoe.batch import prompt_chunks
 from jmoe.config import ModelConfig, Prefetching, RuntimeConfig
-from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
-from jmoe.decoding.step import Steps, init_state
-from jmoe.engine import Engine, plan_for
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.engine import Engine
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
-from jmoe.experts.residency import init_residency
-from jmoe.experts.slots import ExpertSlots
-from jmoe.experts.store import ExpertStore
 from jmoe.loading import load_calibration, load_weights
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
+from tools.command import exit_code
 from tools.decode_table import print_row, timing
 from tools.oracle import Oracle
 from tools.random_weights import random_weights
+from tools.reference_decode import reference_row
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
 PROMPTS = Path(__file__).parent.parent / "configs" / "prompts" / "python.jsonl"
@@ -273,52 +269,19 @@ class Bench:
 
     def reference(self) -> dict:
         """The same steps with every expert on the device: nothing to admit, nothing to fetch."""
-
-        args, config, batch = self.args, self.config, self.args.batch_size
-        on_device = [jax.device_put(layer, memory.device_sharding()) for layer in self.weights.store.layers]
-        store = ExpertStore(tuple(jax.block_until_ready(on_device)))
-        plan = plan_for(config, self.runtime(config.num_experts_per_tok), trunk_bytes=0)
-        steps = Steps(config, plan.layout, self.runtime(1).implementation, resident=True)
-        calls, ttft = [], []
-        for repeat, prompts in enumerate(self.prompts):
-            requests = self.sampling(repeat)
-            sampling, mode = batch_sampling(requests, ()), sampling_mode(requests)
-            residency = init_residency(len(config.moe_layers), config.num_experts, 1)
-            no_slots = ExpertSlots((), jnp.zeros((0, *config.expert_shape), config.dtype), residency)
-            state = init_state(config, batch, plan.max_seq_len, [args.new_tokens] * batch, no_slots)
-            start = time.perf_counter()
-            for chunk in prompt_chunks(prompts.tolist(), plan.prefill_chunk):
-                state, _ = steps.prefill(self.weights.params, store, state, chunk, sampling, mode=mode)
-            np.asarray(state.last_tokens)
-            ttft.append(time.perf_counter() - start)
-            timed = self._reference_calls(steps, store, state, sampling, mode)
-            calls += timed[1:] if repeat else []
-        return {"share": "reference", "ttft_s": statistics.median(ttft[1:]), **timing(calls, batch)}
-
-    def _reference_calls(self, steps: Steps, store, state, sampling, mode) -> list[tuple[int, float]]:
-        """(steps, seconds) of each call; as in the engine, the next one is asked for before a result is read."""
-        size, calls, waiting, last = self.args.decode_chunk, [], None, time.perf_counter()
-        for left in range(self.args.new_tokens - 1, -size, -size):
-            asked = waiting
-            if left > 0:
-                state, waiting = steps.decode(
-                    self.weights.params, store, state, sampling, np.int32(size), capacity=size, mode=mode
-                )
-            if asked is not None:
-                num_steps, now = int(jax.device_get(asked).num_steps), time.perf_counter()
-                calls.append((num_steps, now - last))
-                last = now
-        return calls
+        requests = [self.sampling(repeat) for repeat in range(len(self.prompts))]
+        return reference_row(
+            self.weights, self.config, self.runtime(self.config.num_experts_per_tok), self.prompts, requests
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong with the model or the prompts."""
-    args = parse(argv)
-    try:
-        bench = Bench(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(_run, parse(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    bench = Bench(args)
     facts = card(bench.config, args, bench.ceiling, bench.hbm_gbps)
     for name, value in facts.items():
         print(f"{name:<36}{value}", flush=True)
@@ -332,7 +295,6 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(bench.reference())
         print_row(rows[-1])
     print(json.dumps({"card": facts, "rows": rows}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from jmoe.generation import Generation
 from jmoe.loading import load_weights
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_decode import PROMPTS
+from tools.command import exit_code
 from tools.random_weights import random_weights
 from tools.speculative_rows import Way, heading, line_of, require_same, row_of, speed_of
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
@@ -50,14 +51,7 @@ HOTTEST_SHARE = 0.1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        rows = _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _run(options: argparse.Namespace) -> None:
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("--plot needs matplotlib, which is not installed; uv sync --extra plots, or leave it out")
     bench = Bench.load(options)
@@ -111,7 +105,7 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row)
         _show(row, rows, options)
         gc.collect()  # the slots, before the next engine takes its own
-    return rows
+    print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
 
 
 def _does_not_fit(error: Exception) -> bool:

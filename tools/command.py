@@ -1,8 +1,13 @@
-"""How a tool ends."""
+"""How tools show progress, and how they end."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from tqdm import tqdm
+
+from jmoe.checkpoint import Progress
 
 
 def exit_code(run: Callable[[argparse.Namespace], object], options: argparse.Namespace) -> int:
@@ -13,3 +18,16 @@ def exit_code(run: Callable[[argparse.Namespace], object], options: argparse.Nam
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def byte_bar() -> Iterator[tuple[tqdm, Progress]]:
+    """A bar, and what to tell (phase, bytes done, bytes in all) for it. Work of less than a second shows none."""
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
+
+        def report(phase: str, done_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.set_description(phase, refresh=False)
+            bar.update(done_bytes - bar.n)
+
+        yield bar, report

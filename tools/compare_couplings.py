@@ -39,6 +39,7 @@ from jmoe.experts.draft import DraftConfig, DraftExperts, DraftSet
 from jmoe.experts.layer import tokens_of_experts
 from jmoe.model.kv_cache import KVCache
 from tools.bench_decode import PROMPTS
+from tools.command import exit_code
 from tools.workload import Lengths, make_workload, read_prompts
 
 COLUMNS = ("experts", "place", "positions", "rejection", "shared", "share")
@@ -46,14 +47,7 @@ COLUMNS = ("experts", "place", "positions", "rejection", "shared", "share")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        rows = _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,7 +91,7 @@ def shared_noise_acceptance(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.where(both, 1 / sums, 0).sum(axis=-1)
 
 
-def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _run(options: argparse.Namespace) -> None:
     if options.temperature <= 0:
         raise ValueError(f"--temperature {options.temperature:g}: nothing is drawn; ask for more than 0")
     measure = Measurement.begin(options)
@@ -111,7 +105,7 @@ def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
             cells = num_experts, "all" if each is None else place + 1, values[:, 0].size, rejection, shared
             rows.append(dict(zip(COLUMNS, (*cells, shared / rejection), strict=True)))
             print("  ".join(_shown(value).rjust(10) for value in rows[-1].values()), flush=True)
-    return rows
+    print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
 
 
 def _shown(value: Any) -> str:

@@ -25,19 +25,13 @@ from jmoe.evaluation import Score, document_start, evaluate, require_windows
 from jmoe.executing import executed_guess
 from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.loading import load
+from tools.command import exit_code
 from tools.stdlib_corpus import read_files, stdlib_root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        report = _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report) if options.json else "\n".join(_lines(report)))
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
+def _run(options: argparse.Namespace) -> None:
+    report = _report(options)
+    print(json.dumps(report) if options.json else "\n".join(_lines(report)))
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
     if options.stdlib_root and not options.stdlib_held_out:
         raise ValueError("--stdlib-root is where --stdlib-held-out is read from: add that, or leave it out")
     if wrong := [gate for gate in options.execute_guess or () if not 0 <= gate <= 1]:

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from jmoe.export import export_hf
+from tools.command import byte_bar, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,24 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--router", type=Path, metavar="FILE", help="tuned routers of that checkpoint, instead of its own"
     )
     parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="size of a file at most")
-    options = parser.parse_args(arguments)
-    try:
-        _export(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.destination}: written")
-    return 0
+    return exit_code(_run, parser.parse_args(arguments))
 
 
-def _export(options: argparse.Namespace) -> None:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
-
-        def report(phase: str, done_bytes: int, total_bytes: int) -> None:
-            bar.total = total_bytes
-            bar.set_description(phase, refresh=False)
-            bar.update(done_bytes - bar.n)
-
+def _run(options: argparse.Namespace) -> None:
+    with byte_bar() as (_, report):
         export_hf(
             options.source,
             options.destination,
@@ -44,6 +30,7 @@ def _export(options: argparse.Namespace) -> None:
             max_shard_bytes=options.max_shard_bytes,
             progress=report,
         )
+    print(f"{options.destination}: written")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tools.command import exit_code
 from tools.stdlib_corpus import read_files, stdlib_root
 from tools.workload import Prompt
 
@@ -22,16 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", type=Path, help="file to write; replaced if it is there")
-    options = parser.parse_args(arguments)
-    try:
-        prompts = heads(read_files(stdlib_root(), held_out=True))
-        lines = [json.dumps({"source": prompt.source, "text": prompt.text}) + "\n" for prompt in prompts]
-        options.destination.write_text("".join(lines), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(_run, parser.parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> None:
+    prompts = heads(read_files(stdlib_root(), held_out=True))
+    lines = [json.dumps({"source": prompt.source, "text": prompt.text}) + "\n" for prompt in prompts]
+    options.destination.write_text("".join(lines), encoding="utf-8")
     print(f"{options.destination}: {len(prompts)} prompts of Python {sys.version.split()[0]} written")
-    return 0
 
 
 def heads(files: Mapping[str, str]) -> list[Prompt]:

@@ -7,25 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from tqdm import tqdm
-
 from jmoe.config import DTYPES, ModelConfig
 from jmoe.synthetic import Regime, write_synthetic
+from tools.command import byte_bar, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        config = ModelConfig.from_toml(options.config)
-        changes = {"num_hidden_layers": options.layers, "dtype": options.dtype}
-        given = {name: value for name, value in changes.items() if value is not None}
-        _write(dataclasses.replace(config, **given), options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.destination}: written")
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,14 +29,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _write(config: ModelConfig, options: argparse.Namespace) -> None:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
-
-        def report(phase: str, done_bytes: int, total_bytes: int) -> None:
-            bar.total = total_bytes
-            bar.set_description(phase, refresh=False)
-            bar.update(done_bytes - bar.n)
-
+def _run(options: argparse.Namespace) -> None:
+    changes = {"num_hidden_layers": options.layers, "dtype": options.dtype}
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(ModelConfig.from_toml(options.config), **given)
+    with byte_bar() as (_, report):
         write_synthetic(
             config,
             options.destination,
@@ -56,6 +42,7 @@ def _write(config: ModelConfig, options: argparse.Namespace) -> None:
             max_shard_bytes=options.max_shard_bytes,
             progress=report,
         )
+    print(f"{options.destination}: written")
 
 
 if __name__ == "__main__":

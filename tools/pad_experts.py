@@ -20,26 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jmoe import checkpoint, hf_files, sources
 from jmoe.arguments import parse_size
 from jmoe.checkpoint import Manifest, Progress
 from jmoe.config import DTYPE_BYTES, DTYPES, ModelConfig
 from jmoe.model.families import read_hf_config
+from tools.command import byte_bar, exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
-    try:
-        config = _pad(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    size = f"{config.expert_bytes} bytes, moe_intermediate_size={config.moe_intermediate_size}"
-    print(f"{options.destination}: written; an expert has {size}, all of them {config.store_bytes / 1e9:.2f} GB")
-    return 0
+    return exit_code(_run, _parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,16 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pad(options: argparse.Namespace) -> ModelConfig:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
-
-        def report(phase: str, done_bytes: int, total_bytes: int) -> None:
-            bar.total = total_bytes
-            bar.set_description(phase, refresh=False)
-            bar.update(done_bytes - bar.n)
-
+def _run(options: argparse.Namespace) -> None:
+    with byte_bar() as (bar, report):
         source = sources.resolve(options.model, dtype=options.dtype, progress=report, announce=bar.write)
-        return pad_experts(source, options.destination, options.expert_bytes, dtype=options.dtype, progress=report)
+        config = pad_experts(source, options.destination, options.expert_bytes, dtype=options.dtype, progress=report)
+    size = f"{config.expert_bytes} bytes, moe_intermediate_size={config.moe_intermediate_size}"
+    print(f"{options.destination}: written; an expert has {size}, all of them {config.store_bytes / 1e9:.2f} GB")
 
 
 def pad_experts(
