@@ -151,7 +151,8 @@ class Batch:
         """The tokens of one call of a jitted step: plain steps, or cycles.
 
         The next call is asked for before: the device goes on while the host takes this one's tokens apart. But a stop
-        string may make it needless, and after a try (see `jmoe.decoding.contest`) it depends on how that went.
+        string may make it needless, after a try (see `jmoe.decoding.contest`) it depends on how that went, and a
+        profiler is to see one call after the other.
         """
         call, self._next = self._next or self._begin(), None
         is_try = call.choice.num_steps is not None
@@ -193,7 +194,8 @@ class Batch:
         number, drafting = asked.choice.number, self.drafting
         self._step_s[number] = seconds / max(1, num_steps)
         self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
-        experts, self._seen = ExpertCounts.read(counters) - self._seen, ExpertCounts.read(counters)
+        seen = ExpertCounts.read(counters)
+        experts, self._seen = seen - self._seen, seen
         drafted = number if drafting else 0
         call = DecodeCalls(num_draft_tokens=drafted, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
         if drafting:

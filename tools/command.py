@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from jmoe.checkpoint import Progress
+if TYPE_CHECKING:
+    from jmoe.checkpoint import Progress  # seconds to import, for tools that read no checkpoint
 
 
 def exit_code(run: Callable[[argparse.Namespace], object], options: argparse.Namespace) -> int:
@@ -21,7 +23,7 @@ def exit_code(run: Callable[[argparse.Namespace], object], options: argparse.Nam
 
 
 @contextlib.contextmanager
-def byte_bar() -> Iterator[tuple[tqdm, Progress]]:
+def byte_bar() -> "Iterator[tuple[tqdm, Progress]]":
     """A bar, and what to tell (phase, bytes done, bytes in all) for it. Work of less than a second shows none."""
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, delay=1) as bar:
 
