@@ -8,8 +8,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+BLOCK = 128  # flags that are added up in one product: at most 256, which bfloat16 counts exactly
 ALIGNMENT = 8  # rows: what one store of the copy engine writes, and a tile in shared memory is made of
 
 
@@ -57,11 +58,11 @@ def row_lists(group_weights: Float[Array, "G T"], per_row: int, tile_rows: int) 
     num_groups, num_rows = group_weights.shape
     sizes_of = (num_rows, num_groups, per_row, tile_rows)
     asked = group_weights != 0
-    rank = _sum_before(asked, 0)  # [G, T] of a group among those of the row
+    rank = _set_before(asked.T).T  # [G, T] of a group among those of the row
     asked &= rank < per_row
     sizes = _up(jnp.sum(asked, axis=1, dtype=jnp.int32), ALIGNMENT)
-    starts = _sum_before(sizes, 0)
-    place = starts[:, None] + _sum_before(asked, 1)
+    starts = jnp.cumsum(sizes) - sizes
+    place = starts[:, None] + _set_before(asked)
     token = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32), asked.shape)
     tokens = _scatter(jnp.zeros(num_places(*sizes_of), jnp.int32), asked, place, token)
     places, weights = _by_row(asked, rank, place, group_weights, per_row)
@@ -85,9 +86,24 @@ def _by_row(asked, rank, place, group_weights, per_row: int) -> tuple[jax.Array,
     return jnp.where(groups < 0, 0, places), jnp.where(groups < 0, 0.0, weights.astype(jnp.float32))
 
 
-def _sum_before(values, axis: int) -> Int[Array, "..."]:
-    values = values.astype(jnp.int32)
-    return jnp.cumsum(values, axis=axis) - values
+def _set_before(flags: Bool[Array, "N n"]) -> Int[Array, "N n"]:
+    """How many of a row's flags are set before each: running sums as products with triangles, which are exact.
+
+    XLA's running sum adds up each of them by itself.
+    """
+    num_rows, size = flags.shape
+    num_blocks = -(-size // BLOCK)
+    ones = jnp.pad(flags.astype(jnp.bfloat16), ((0, 0), (0, num_blocks * BLOCK - size)))
+    blocks = ones.reshape(num_rows, num_blocks, BLOCK)
+    inside = jnp.einsum("nbk,kj->nbj", blocks, _before(BLOCK), preferred_element_type=jnp.float32)
+    totals = jnp.sum(blocks, axis=2, dtype=jnp.float32)
+    earlier = jnp.sum(totals[:, None] * _before(num_blocks).T.astype(jnp.float32)[None], axis=2)  # [N, blocks]
+    return (inside + earlier[:, :, None]).astype(jnp.int32).reshape(num_rows, -1)[:, :size]
+
+
+def _before(size: int) -> Array:
+    """[k, j]: 1 where k comes before j."""
+    return jnp.triu(jnp.ones((size, size), jnp.bfloat16), 1)
 
 
 def _scatter(onto, asked, at, values) -> Array:
