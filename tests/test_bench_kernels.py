@@ -92,6 +92,16 @@ def test_attention_has_rows_with_the_bytes_that_it_sees(capsys: pytest.CaptureFi
     assert 0 <= row["error"] < 2e-2
 
 
+def test_projections_have_rows_with_the_bytes_of_their_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main([*FAST, "--ops", "norm_linear", "--specs", "two_rows_qkv", "qwen3_30b_o"]) == 0
+    qkv, o = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert qkv["gbps"] == pytest.approx(256 * (5120 // 64) * 2 / qkv["us"] / 1e3)
+    assert o["gbps"] == pytest.approx(256 * (2048 // 64) * 2 / o["us"] / 1e3)
+    for row, spec in ((qkv, "two_rows_qkv"), (o, "qwen3_30b_o")):
+        assert (row["op"], row["spec"], row["implementation"]) == ("norm_linear", spec, "reference")
+        assert 0 <= row["error"] < 2e-2
+
+
 def test_an_unknown_spec_is_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_kernels.main(["--ops", "fetch", "--specs", "qwen3_31b"]) == 2
     error = capsys.readouterr().err

@@ -123,9 +123,10 @@ def test_every_spec_of_a_kernel_has_candidates_that_fit() -> None:
             kernels.add(made.key.kernel)
             assert made.problem(made.heuristic) is None, spec.name
             fitting = [config for config in tune_kernels._distinct(made) if made.problem(config) is None]
-            assert fitting or made.key.kernel == "decode_attention", spec.name
+            assert fitting or made.key.kernel == "decode_attention" or spec.name == "one_item", spec.name
             assert {type(config) for config in fitting} <= {type(made.heuristic)}
-    assert kernels == {"fetch", "expert_mlp.fma", "expert_mlp.wgmma", "expert_mlp.prefill", "decode_attention"}
+    forms = {f"expert_mlp.{form}" for form in ("fma", "wgmma", "prefill")}
+    assert kernels == {"fetch", "decode_attention", "norm_linear", *forms}
     assert all(spec.dtype == "float32" or spec.width == 2880 for spec in cannot if hasattr(spec, "width"))
 
 

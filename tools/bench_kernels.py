@@ -3,10 +3,10 @@
 expert_mlp is bound by reading the weights of the groups asked for: the bound is their bytes at the bandwidth of a pass
 over a gigabyte of device memory (read and written), and for a prefill also by arithmetic: a plain matrix product of
 as much of it, if that takes longer; both say their TFLOP/s. decode_attention likewise by the keys and values that it
-sees. fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call reads
-other slots, or another KV cache, than the one before, so that no cache of the GPU can serve them. A time is that of
-one call among many in one program, each needing the result of the one before, less the loop around them. A spec that
-fails is named, and the others go on.
+sees, norm_linear by its matrix. fetch is bound by the link: plain copies from pinned host memory. All weights are
+random, and each call reads other slots, or another KV cache or matrix, than the one before, so that no cache of the GPU
+can serve them. A time is that of one call among many in one program, each needing the result of the one before, less
+the loop around them. A spec that fails is named, and the others go on.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from jmoe import memory
 from kernels_pallas.decode_attention import specs as decode_attention_specs
 from kernels_pallas.expert_mlp import specs as expert_mlp_specs
 from kernels_pallas.fetch import specs as fetch_specs
-from tools import bench_attention, bench_expert_mlp, bench_fetch
+from kernels_pallas.norm_linear import specs as norm_linear_specs
+from tools import bench_attention, bench_expert_mlp, bench_fetch, bench_norm_linear
 from tools.command import exit_code
 
 CALLS = 16  # in the body of the timed loop: its own overhead is shared by as many
@@ -44,11 +45,13 @@ DEFAULTS = {
         "prefill_8192",
     ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
+    "norm_linear": ["qwen3_30b_qkv", "qwen3_30b_o", "qwen3_30b_router", "four_rows_qkv"],
     "fetch": ["qwen3_30b", "single", "full"],
 }
 SPECS = {
     "expert_mlp": {spec.name: spec for spec in expert_mlp_specs.SPECS},
     "decode_attention": {spec.name: spec for spec in decode_attention_specs.SPECS},
+    "norm_linear": {spec.name: spec for spec in norm_linear_specs.SPECS},
     "fetch": {spec.name: spec for spec in fetch_specs.SPECS},
 }
 
@@ -117,6 +120,7 @@ def _run(options: argparse.Namespace) -> None:
     for op, bandwidth, bench in (
         ("expert_mlp", memory_gbps, _bench_expert_mlp),
         ("decode_attention", memory_gbps, _bench_decode_attention),
+        ("norm_linear", memory_gbps, _bench_norm_linear),
         ("fetch", link_gbps, _bench_fetch),
     ):
         if chosen.get(op):
@@ -203,6 +207,13 @@ def _bench_decode_attention(
     num_bytes, calls = bench_attention.num_bytes(spec), options.iterations * CALLS
     for name, us, error in bench_attention.measure(spec, calls, 4 * CALLS, _seconds(options)):
         yield Row.of("decode_attention", spec.name, name, us, num_bytes, gbps, error)
+
+
+def _bench_norm_linear(
+    spec: norm_linear_specs.NormLinearSpec, gbps: float, options: argparse.Namespace
+) -> Iterator[Row]:
+    for name, us, error in bench_norm_linear.measure(spec, options.iterations * CALLS, _seconds(options)):
+        yield Row.of("norm_linear", spec.name, name, us, spec.kernel_bytes, gbps, error)
 
 
 def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Namespace) -> Iterator[Row]:

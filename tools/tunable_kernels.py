@@ -18,7 +18,9 @@ from kernels_pallas.expert_mlp import mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_pre
 from kernels_pallas.expert_mlp.specs import ExpertMlpSpec
 from kernels_pallas.fetch import mosaic_gpu as fetching
 from kernels_pallas.fetch.specs import FetchSpec
-from tools import bench_attention, bench_expert_mlp, bench_fetch
+from kernels_pallas.norm_linear import mosaic_gpu as norm_linear
+from kernels_pallas.norm_linear.specs import NormLinearSpec
+from tools import bench_attention, bench_expert_mlp, bench_fetch, bench_norm_linear
 
 MULTIPROCESSORS = 132  # of an H200, where the device does not say
 SHARED_BYTES = 224 * 1024  # of a block; 227 KiB less what Mosaic takes for barriers
@@ -28,6 +30,10 @@ MAX_ERROR = {"bfloat16": 2e-2, "float16": 1e-2, "float32": 1e-4}  # of the large
 FETCH_CONFIGS = (
     (8, 6, 16), (16, 6, 16), (16, 6, 32), (4, 6, 32), (8, 3, 64), (8, 12, 16), (32, 6, 16), (16, 12, 8), (2, 6, 32),
 )  # blocks, stages, KiB of a tile  # fmt: skip
+NORM_LINEAR_CONFIGS = (
+    (1, 4, 8, 8), (1, 4, 4, 16), (1, 3, 8, 16), (1, 2, 8, 16), (1, 8, 4, 8), (1, 4, 16, 4), (2, 4, 3, 8), (2, 2, 3, 16),
+    (2, 4, 6, 4), (2, 1, 6, 16),
+)  # blocks a multiprocessor, warpgroups, stages, KiB of a tile  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +63,12 @@ class Tunable:
     case: Callable[[Callable[[Callable, tuple], float]], Timed]
 
 
-def tunable(spec: FetchSpec | ExpertMlpSpec | DecodeAttentionSpec) -> Tunable:
+def tunable(spec: FetchSpec | ExpertMlpSpec | DecodeAttentionSpec | NormLinearSpec) -> Tunable:
     """Raises NotImplementedError for a spec that no kernel can do."""
     if isinstance(spec, FetchSpec):
         return _fetch(spec)
+    if isinstance(spec, NormLinearSpec):
+        return _norm_linear(spec)
     return _expert_mlp(spec) if isinstance(spec, ExpertMlpSpec) else _decode_attention(spec)
 
 
@@ -191,5 +199,36 @@ def _decode_attention(spec: DecodeAttentionSpec) -> Tunable:
         problem=lambda config: _too_large(attention_bytes(shape, program(config)[1])),
         program=program,
         function=lambda config: functools.partial(attention.decode_attention, config=config),
+        case=case,
+    )
+
+
+def _norm_linear(spec: NormLinearSpec) -> Tunable:
+    x = jax.ShapeDtypeStruct((spec.num_rows, spec.width), spec.dtype)
+    kernel, number = jax.ShapeDtypeStruct(spec.kernel_shape, spec.dtype), multiprocessors()
+    if problem := norm_linear.problem(x, kernel):
+        raise NotImplementedError(f"norm_linear: mosaic_gpu cannot do this: {problem}")
+
+    def program(config: norm_linear.Config) -> tuple[int, ...]:
+        shape = norm_linear.shape_of(x, kernel, config)
+        return shape.num_blocks, shape.num_warpgroups, shape.num_stages, shape.tile_bytes
+
+    def case(seconds: Callable[[Callable, tuple], float]) -> Timed:
+        made = bench_norm_linear.Case(spec, CALLS, seconds)
+        return Timed(made.error, made.timer, lambda gbps: spec.kernel_bytes / gbps / 1e3)
+
+    return Tunable(
+        key=norm_linear.key(x, kernel),
+        heuristic=norm_linear.Config(),
+        candidates=[
+            norm_linear.Config(
+                num_blocks=blocks * number, max_warpgroups=most, max_stages=stages, tile_bytes=1024 * kib
+            )
+            for blocks, most, stages, kib in NORM_LINEAR_CONFIGS
+        ],
+        max_error=MAX_ERROR[spec.dtype],
+        problem=lambda config: norm_linear.problem(x, kernel, config),
+        program=program,
+        function=lambda config: functools.partial(norm_linear.norm_linear, config=config),
         case=case,
     )

@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.config import ModelConfig
 from jmoe.experts import activation
 from jmoe.experts.activation import Activation
-from jmoe.model.layers import matmul
 from jmoe.model.router import Routing
 from kernels_pallas.decode_attention.reference import rms_norm
+from kernels_pallas.norm_linear.reference import matmul
 
 Method = Literal["router", "default_vectors", "estimator"]
 Methods = tuple[tuple[Method, ...], ...]  # [n - 1][l]: how layer l predicts layer l + n

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 from jmoe.config import ModelConfig
 from jmoe.model.attention import Attention
 from jmoe.model.kv_cache import KVCache
-from jmoe.model.layers import DenseMLP, Embedding, Linear, RMSNorm, matmul
+from jmoe.model.layers import DenseMLP, Embedding, Linear, RMSNorm
 from jmoe.model.rope import rope_angles
 from jmoe.model.router import Router, Routing
+from kernels_pallas.norm_linear.reference import matmul
 
 
 class MoE(Protocol):

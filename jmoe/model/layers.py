@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.decode_attention.reference import rms_norm
+from kernels_pallas.norm_linear.reference import matmul
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -24,20 +25,6 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
         y = matmul(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-def matmul(x: Float[Array, "*n I"], kernel: Float[Array, "O I"], dtype=None) -> Float[Array, "*n O"]:
-    """einsum("...i,oi->...o", x, kernel), accumulated in float32, returned as `dtype` (default: x's).
-
-    A single row is a product and a sum: XLA makes one kernel of it that reads each row of the kernel once, on a GPU and
-    on a CPU, where the matrix-vector product that it picks for a dot is often slower.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1:
-        y = jnp.sum(kernel.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)
-    else:
-        y = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], kernel.shape[0])
 
 
 class RMSNorm(nnx.Module):

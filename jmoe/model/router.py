@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
-from jmoe.model.layers import init_kernel, matmul
+from jmoe.model.layers import init_kernel
+from kernels_pallas.norm_linear.reference import matmul
 from kernels_pallas.route.api import route
 
 

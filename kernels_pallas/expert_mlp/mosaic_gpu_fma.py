@@ -11,7 +11,6 @@ the same groups give the same bits wherever their weights lie and whatever other
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +22,18 @@ from kernels_pallas import tuning
 from kernels_pallas.expert_mlp.asked import AskedGroups
 from kernels_pallas.host_view import device_view
 from kernels_pallas.prefetch.arrivals import Arrivals, entry_of
-
-COLUMNS = 256  # of a tile: the most elements of one dimension of a TMA box
-ITEM_ROWS = 4  # hidden units of an item: one for each warp of a warpgroup
-MAX_ROWS = 4  # of x: the float32 units can multiply that often by a weight while the next arrives
-WARP, WARPGROUP = 32, 128  # threads
-VECTOR_BYTES = 16  # the widest load of a thread
-SHARED_BYTES = 224 * 1024  # of a block; 227 KiB less what Mosaic takes for barriers
-REGISTERS = 65536  # of a multiprocessor
-DTYPES = ("bfloat16", "float16", "float32")
+from kernels_pallas.row_dots import (
+    COLUMNS,
+    DTYPES,
+    ITEM_ROWS,
+    MAX_ROWS,
+    REGISTERS,
+    SHARED_BYTES,
+    WARPGROUP,
+    lane_vector,
+    row_dots,
+    strided_vector,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,21 +67,6 @@ class Shape:
     def items_per_group(self) -> int:
         return self.num_hidden // ITEM_ROWS
 
-    @property
-    def lane_vector(self) -> int:
-        """Elements that a thread loads at once."""
-        return min(VECTOR_BYTES // self.itemsize, COLUMNS // WARP)
-
-    @property
-    def strided_vector(self) -> int:
-        """The same where a warpgroup shares one row."""
-        return math.gcd(VECTOR_BYTES // self.itemsize, self.width // WARPGROUP)
-
-    @property
-    def unroll(self) -> int:
-        """Tiles whose products are one stretch of code: enough to hide loads, few enough to compile fast."""
-        return math.gcd(self.num_tiles, max(1, 8 // self.num_rows))
-
     def slots(self, slots) -> tuple[int, ...]:
         """How the kernel sees the slots, or the store: [R, 3F, n, 256]."""
         return slots.shape[0], 3 * self.num_hidden, self.num_tiles, COLUMNS
@@ -92,7 +79,7 @@ class Shape:
     @property
     def registers(self) -> int:
         """Of a thread, roughly: the sums of y, those of gate and up, and what it works with."""
-        return self.num_rows * (self.width // WARPGROUP + 2 * self.lane_vector) + 40
+        return self.num_rows * (self.width // WARPGROUP + 2 * lane_vector(self.itemsize)) + 40
 
     def num_warpgroups(self, most: int) -> int:
         """The most that fit into a multiprocessor, 0 if none does."""
@@ -194,7 +181,7 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
     """The kernel body; see the module's docstring."""
     num_workers = num_blocks * num_warpgroups
     num_rows, num_tiles = shape.num_rows, shape.num_tiles
-    strided = plgpu.Layout.WG_STRIDED((num_tiles, COLUMNS), shape.strided_vector)
+    strided = plgpu.Layout.WG_STRIDED((num_tiles, COLUMNS), strided_vector(shape.itemsize, shape.width))
 
     def multiply_groups(group_slots, asked, weights, x, slots, *refs):
         # group_slots, asked [G], weights [G, T]; x [T, n, 256]; slots [R, 3F, n, 256]; out [num_blocks, T, n, 256]
@@ -258,7 +245,8 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
             plgpu.barrier_wait(arrived.at[mine * 3])
             plgpu.barrier_wait(arrived.at[mine * 3 + 1])
             keep((0, 1), here)
-            for row, (gate, up) in enumerate(_dots(shape, x_here, tiles.at[mine, 0], tiles.at[mine, 1])):
+            dots = row_dots(x_here, [tiles.at[mine, part] for part in (0, 1)], shape.itemsize)
+            for row, (gate, up) in enumerate(dots):
                 hidden[mine, row] = gate * lax.logistic(gate) * up * weights[group, row]
             plgpu.commit_smem()  # all warps have read the tiles: the next ones may take their place
 
@@ -321,35 +309,3 @@ def _send_sums(y, sums, summed, mine) -> None:
         for row, total in enumerate(y):
             sums[mine - 1, row] = total
         plgpu.barrier_arrive(summed)
-
-
-def _dots(shape: Shape, x, gate, up):
-    """For each row of x its products with the rows of gate and of up, two times [ITEM_ROWS]."""
-    # A warp has one row of [ITEM_ROWS, COLUMNS], its threads have `lane_vector` neighbouring columns each.
-    by_rows = plgpu.Layout.TILED(
-        plgpu.Tiling(((ITEM_ROWS, WARP * shape.lane_vector), (shape.lane_vector,))),
-        warp_dims=(-3,),
-        lane_dims=(-2,),
-        vector_dim=-1,
-    )
-    tile = (ITEM_ROWS, COLUMNS)
-
-    def add(column, totals):
-        totals = list(totals)
-        kernels = [plgpu.load(part.at[:, column], layout=by_rows).astype(jnp.float32) for part in (gate, up)]
-        for row in range(shape.num_rows):
-            x_row = plgpu.load(x.at[row, column], layout=by_rows.reduce(0)).astype(jnp.float32)
-            x_rows = plgpu.layout_cast(lax.broadcast_in_dim(x_row, tile, (1,)), by_rows)
-            for part in (0, 1):
-                totals[2 * row + part] += x_rows * kernels[part]
-        return totals
-
-    def add_some(n, totals):
-        for column in range(shape.unroll):
-            totals = add(n * shape.unroll + column, totals)
-        return totals
-
-    zero = plgpu.layout_cast(jnp.zeros(tile, jnp.float32), by_rows)
-    totals = lax.fori_loop(0, shape.num_tiles // shape.unroll, add_some, [zero] * (2 * shape.num_rows))
-    totals = [jnp.sum(total, axis=1) for total in totals]
-    return list(zip(totals[0::2], totals[1::2], strict=True))

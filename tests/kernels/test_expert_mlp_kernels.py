@@ -13,7 +13,7 @@ from jax import export
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the races found have no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backends
+from kernels_pallas import backends, row_dots
 from kernels_pallas.expert_mlp import api, asked, mosaic_gpu, mosaic_gpu_fma, mosaic_gpu_prefill, mosaic_gpu_wgmma
 from kernels_pallas.expert_mlp.specs import SPECS, ExpertMlpSpec
 from tests.kernels.test_expert_mlp import expected, make_inputs
@@ -168,7 +168,7 @@ def test_other_devices_with_tma_have_no_wgmma(monkeypatch: pytest.MonkeyPatch) -
 def test_warpgroups_fit_into_a_multiprocessor(num_rows: int, width: int, itemsize: int) -> None:
     shape = mosaic_gpu_fma.Shape(num_rows, 64, width, itemsize)
     number = shape.num_warpgroups(4)
-    assert shape.num_tiles % shape.unroll == 0
+    assert shape.num_tiles % row_dots.unroll(num_rows, shape.num_tiles) == 0
     if number:
         assert shape.shared_bytes(number) <= 227 * 1024
         assert shape.registers * number * 128 <= 65536

@@ -14,6 +14,7 @@ from kernels_pallas.decode_attention import mosaic_gpu as attention
 from kernels_pallas.decode_attention.shape import Shape
 from kernels_pallas.expert_mlp import mosaic_gpu_fma, mosaic_gpu_grouped, mosaic_gpu_prefill, mosaic_gpu_wgmma
 from kernels_pallas.fetch import mosaic_gpu as fetching
+from kernels_pallas.norm_linear import mosaic_gpu as norm_linear
 
 GPU = "NVIDIA H200"
 KEY = tuning.key("fetch", jnp.dtype("bfloat16"), width=64, num_hidden=32, sliding_window=None)
@@ -157,6 +158,13 @@ KERNELS = {
         attention.key(ATTENTION),
         attention.Config(),
         attention.Config(num_blocks=1, max_stages=1),
+    ),
+    "norm_linear": (
+        functools.partial(norm_linear.norm_linear, eps=1e-6, out_dtype=jnp.dtype("bfloat16")),
+        shaped(*[(shape, "bfloat16") for shape in ((2, 512), (512,), (256, 512), (2, 256))]),
+        norm_linear.key(*shaped(((2, 512), "bfloat16"), ((256, 512), "bfloat16"))),
+        norm_linear.Config(),
+        norm_linear.Config(num_blocks=7, max_warpgroups=2, max_stages=2, tile_bytes=4096),
     ),
 }  # fmt: skip
 
