@@ -11,6 +11,7 @@ from kernels_pallas.admit import api as admit_api
 from kernels_pallas.decode_attention import api as decode_attention_api
 from kernels_pallas.expert_mlp import api as expert_mlp_api
 from kernels_pallas.fetch import api as fetch_api
+from kernels_pallas.norm_linear import api as norm_linear_api
 from kernels_pallas.route import api as route_api
 
 
@@ -23,6 +24,7 @@ def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.Memory
 
     rows, slots = array(batch, config.hidden_size), array(plan.layout.slots_per_layer, *config.expert_shape)
     qkv = array(batch, (heads + 2 * config.num_key_value_heads) * config.head_dim)
+    qkv_kernel = array(qkv.shape[1], config.hidden_size)
     keys = array(*kv_shape(config, batch, plan.max_seq_len))
     choices, experts = array(batch, config.num_experts_per_tok, dtype="int32"), array(config.num_experts, dtype="int32")
     chosen = {
@@ -31,6 +33,7 @@ def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.Memory
         "fetch": fetch_api.resolve(name),
         "expert_mlp": expert_mlp_api.choose(name, rows, slots),
         "decode_attention": decode_attention_api.choose(name, qkv, keys, heads),
+        "norm_linear": norm_linear_api.choose(name, rows, qkv_kernel),
     }
     problem = backends.mosaic_gpu_problem()
     why = f" ({problem})" if problem and name is None else ""

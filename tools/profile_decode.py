@@ -2,6 +2,7 @@
 
 Runs decode calls under jax's profiler and adds up what the device did: time and kernels a step by the named scope of
 the code (prefetch, attention, router, admit, fetch, experts, head, sample), the longest kernels, and how long none ran.
+`norm_linear` serves attention and router under one name, and is a line of its own: projections.
 """
 
 import argparse
@@ -31,6 +32,7 @@ OTHER = "other"
 # A Pallas kernel has the name of its function, and this behind it.
 MOSAIC_SUFFIX = "_mosaic_gpu_kernel"
 KERNEL_SCOPES = {
+    "project": "projections",  # of attention and router
     "attend": "attention",
     "add_parts": "attention",
     "route_rows": "router",

@@ -18,12 +18,17 @@ MAX_SCORE_BYTES = 256 * 2**20
 class Attention(nnx.Module):
     """softmax(q kᵀ / sqrt(H)) v over the cached and the new positions; q, k and v are one projection.
 
-    `implementation` is that of `decode_attention`, which does single tokens.
+    `implementation` is that of `decode_attention`, which does single tokens, and of the projections of few rows.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        shared = {"dtype": config.dtype, "use_bias": config.attention_bias, "rngs": rngs}
+        shared = {
+            "dtype": config.dtype,
+            "use_bias": config.attention_bias,
+            "rngs": rngs,
+            "implementation": implementation,
+        }
         self.qkv_proj = Linear(config.hidden_size, (heads + 2 * kv_heads) * head_dim, **shared)
         self.o_proj = Linear(heads * head_dim, config.hidden_size, **shared)
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=config.dtype)
@@ -31,11 +36,19 @@ class Attention(nnx.Module):
         self.config, self.implementation = config, implementation
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: KVCache, layer: int, angles, positions: Int[Array, "B T"], valid
+        self,
+        x: Float[Array, "B T D"],
+        norm: RMSNorm,
+        cache: KVCache,
+        layer: int,
+        angles,
+        positions: Int[Array, "B T"],
+        valid,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """x with the attention of norm(x) added: the residual stream, before and after."""
         mix = self._mix_one if x.shape[1] == 1 else self._mix_chunk
-        mixed, cache = mix(self.qkv_proj(x), cache, layer, angles, positions, valid)
-        return self.o_proj(mixed), cache
+        mixed, cache = mix(self.qkv_proj(x, norm=norm), cache, layer, angles, positions, valid)
+        return self.o_proj(mixed, residual=x), cache
 
     def _mix_one(self, qkv: Float[Array, "B 1 Q"], cache: KVCache, layer: int, angles, positions, valid):
         cos, sin = angles

@@ -49,7 +49,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states, layer by layer; `implementation` is that of routing and decode attention."""
+    """Token ids to hidden states, layer by layer; `implementation` is that of all kernels of the trunk."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
@@ -83,8 +83,7 @@ class Decoder(nnx.Module):
         x = self.embed(token_ids)  # [B, T, D]
         for n, layer in enumerate(self.layers):
             with jax.named_scope("attention"):
-                mixed, cache = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
-                x = x + mixed
+                x, cache = layer.attention(x, layer.input_norm, cache, n, angles, positions, valid)
             added, carry = self._feed_forward(n, x, valid, moe, carry)
             x = x + added
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
@@ -93,14 +92,13 @@ class Decoder(nnx.Module):
     def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
         """What is added to the residual stream x."""
         layer = self.layers[n]
-        normed = layer.post_attention_norm(x)
         if layer.mlp is not None:
             with jax.named_scope("mlp"):
-                return layer.mlp(normed), carry
-        moe_layer, rows = self.config.moe_layers.index(n), normed.reshape(-1, x.shape[-1])  # [B*T, D]
+                return layer.mlp(layer.post_attention_norm(x)), carry
+        moe_layer = self.config.moe_layers.index(n)
         assert layer.router is not None  # a layer has one or the other
         with jax.named_scope("router"):
-            routing = layer.router(rows, valid.reshape(-1))
+            routing, rows = layer.router.after_norm(x, layer.post_attention_norm, valid)  # rows [B*T, D]
         with jax.named_scope("prefetch"):
             carry = moe.look_ahead(moe_layer, x.reshape(rows.shape), routing, carry)
         y, carry = moe(moe_layer, rows, routing, carry)
@@ -123,7 +121,8 @@ def build_decoder(
 ) -> Decoder:
     """The decoder with these parameters, by flat path ("layers/0/attention/o_proj/kernel").
 
-    `implementation` is that of `route`, and of `decode_attention`, which does single tokens.
+    `implementation` is that of `route`, of `decode_attention`, which does single tokens, and of `norm_linear`, which
+    does few rows.
 
     Raises RuntimeError unless they are exactly the decoder's.
     """

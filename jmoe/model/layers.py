@@ -6,25 +6,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.decode_attention.reference import rms_norm
-from kernels_pallas.norm_linear.reference import matmul
+from kernels_pallas.norm_linear.api import norm_linear
 
 _INIT = nnx.initializers.normal(0.02)
 
 
 def init_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: str) -> nnx.Param:
     return nnx.Param(_INIT(rngs.params(), shape, dtype))
-
-
-class Linear(nnx.Module):
-    """y = x @ kernel.T (+ bias), for x [..., in]."""
-
-    def __init__(self, num_in: int, num_out: int, *, dtype, use_bias: bool = False, rngs: nnx.Rngs):
-        self.kernel = init_kernel(rngs, (num_out, num_in), dtype)
-        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
-
-    def __call__(self, x: Float[Array, "*n I"]) -> Float[Array, "*n O"]:
-        y = matmul(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class RMSNorm(nnx.Module):
@@ -36,6 +24,49 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         return rms_norm(x, self.scale[...], self.eps)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel.T (+ bias), for x [..., in]; `implementation` is that of `norm_linear`."""
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        *,
+        dtype,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+        implementation: str | None = "reference",
+    ):
+        self.kernel = init_kernel(rngs, (num_out, num_in), dtype)
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
+        self.implementation = implementation
+
+    def __call__(
+        self, x: Float[Array, "*n I"], *, norm: RMSNorm | None = None, residual: Float[Array, "*n O"] | None = None
+    ) -> Float[Array, "*n O"]:
+        """y, of norm(x) if there is a norm, and added to the residual if there is one."""
+        added = residual if self.bias is None else None
+        y, _ = project(x, self.kernel[...], norm, added, implementation=self.implementation)
+        if self.bias is None:
+            return y
+        y = y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
+        return y if residual is None else residual + y
+
+
+def project(
+    x: Float[Array, "*n I"],
+    kernel: Float[Array, "O I"],
+    norm: RMSNorm | None = None,
+    residual: Float[Array, "*n O"] | None = None,
+    *,
+    dtype=None,
+    implementation: str | None,
+) -> tuple[Float[Array, "*n O"], Float[Array, "*n I"]]:
+    """(normed @ kernel.T (+ residual), normed) of norm(x), or of x if there is none; see `norm_linear`."""
+    scale, eps = (None, 0.0) if norm is None else (norm.scale[...], norm.eps)
+    return norm_linear(x, scale, kernel, residual, eps=eps, out_dtype=dtype, implementation=implementation)
 
 
 class Embedding(nnx.Module):

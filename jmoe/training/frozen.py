@@ -112,8 +112,7 @@ def _layer(
     layer, (batch, length, _) = decoder.layers[n], x.shape
     with jax.named_scope("attention"):
         cache, valid = init_kv_cache(config, batch, length), jnp.ones((batch, length), bool)
-        mixed, _ = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
-        x = x + mixed
+        x, _ = layer.attention(x, layer.input_norm, cache, n, angles, positions, valid)
     rows = layer.post_attention_norm(x)
     if layer.mlp is not None:
         return x + layer.mlp(rows), None

@@ -58,8 +58,7 @@ def observe(
     with exact(config.dtype):
         x = decoder.embed(token_ids)
         for n, layer in enumerate(decoder.layers):
-            mixed, cache = layer.attention(layer.input_norm(x), cache, n, angles, positions, valid)
-            residual = x + mixed
+            residual, cache = layer.attention(x, layer.input_norm, cache, n, angles, positions, valid)
             rows = layer.post_attention_norm(residual)[0]
             if layer.router is None:
                 assert layer.mlp is not None  # a layer has one or the other
