@@ -45,7 +45,7 @@ DEFAULTS = {
         "prefill_8192",
     ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
-    "norm_linear": ["qwen3_30b_qkv", "qwen3_30b_o", "qwen3_30b_router", "four_rows_qkv"],
+    "norm_linear": ["qwen3_30b_qkv", "summed_qkv", "qwen3_30b_o", "qwen3_30b_router", "four_rows_qkv"],
     "fetch": ["qwen3_30b", "single", "full"],
 }
 SPECS = {

@@ -25,7 +25,7 @@ class Case:
     def __init__(self, spec: NormLinearSpec, calls: int, seconds: Callable[[Callable, tuple], float]) -> None:
         key, number = jax.random.key(0), min(calls, MOST_KERNELS, -(-COLD_BYTES // spec.kernel_bytes))
         self.seconds = seconds
-        self.x, self.scale, self.residual = spec.rows(key)
+        self.x, self.scale, self.residual, self.added = spec.rows(key)
         self.options = {"eps": EPS, "out_dtype": jnp.dtype(spec.out_dtype or spec.dtype)}
         draw = jax.jit(lambda n: spec.kernel(jax.random.fold_in(key, n)))
         self.kernels = [draw(n) for n in range(number)]
@@ -48,7 +48,8 @@ class Case:
 
     @functools.cached_property
     def _wanted(self) -> jax.Array:
-        wide = jax.tree.map(lambda each: each.astype(jnp.float32), (self.x, self.scale, self.kernels[0], self.residual))
+        inputs = self.x, self.scale, self.kernels[0], self.residual, self.added
+        wide = jax.tree.map(lambda each: each.astype(jnp.float32), inputs)
         with jax.default_matmul_precision("highest"):
             return reference.norm_linear(*wide, eps=EPS, out_dtype=jnp.dtype("float32"))[0]
 
@@ -58,7 +59,7 @@ class Case:
         return self.seconds(self._program(None), (self.x, self.kernels))
 
     def _call(self, function: Callable, x, kernel) -> jax.Array:
-        return function(x, self.scale, kernel, self.residual, **self.options)[0]
+        return function(x, self.scale, kernel, self.residual, self.added, **self.options)[0]
 
     def _program(self, function: Callable | None) -> Callable:
         """A program of rounds of the matrices, each call after the one before; without calls for None."""

@@ -37,7 +37,7 @@ DEFAULTS = {
         "prefill_4096",
     ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
-    "norm_linear": ["qwen3_30b_qkv", "qwen3_30b_o", "qwen3_30b_router"],
+    "norm_linear": ["summed_qkv", "qwen3_30b_o", "qwen3_30b_router"],
     "fetch": ["qwen3_30b"],
 }
 

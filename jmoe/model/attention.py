@@ -44,11 +44,13 @@ class Attention(nnx.Module):
         angles,
         positions: Int[Array, "B T"],
         valid,
+        added: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """x with the attention of norm(x) added: the residual stream, before and after."""
+        """x + attention(norm(x)), the residual stream, for x + added if something is still to be added to x."""
         mix = self._mix_one if x.shape[1] == 1 else self._mix_chunk
-        mixed, cache = mix(self.qkv_proj(x, norm=norm), cache, layer, angles, positions, valid)
-        return self.o_proj(mixed, residual=x), cache
+        qkv, x = self.qkv_proj.after_norm(x, norm, added)
+        mixed, cache = mix(qkv, cache, layer, angles, positions, valid)
+        return self.o_proj(mixed, x), cache
 
     def _mix_one(self, qkv: Float[Array, "B 1 Q"], cache: KVCache, layer: int, angles, positions, valid):
         cos, sin = angles

@@ -80,12 +80,13 @@ class Decoder(nnx.Module):
     def _forward(self, token_ids, valid, rope_lengths, cache: KVCache, moe: MoE, carry: Any):
         positions = cache.lengths[:, None] + jnp.arange(token_ids.shape[1])[None, :]
         angles = rope_angles(self.config, positions, rope_lengths)
-        x = self.embed(token_ids)  # [B, T, D]
+        x, added = self.embed(token_ids), None  # [B, T, D]; a layer leaves what it adds to the next one's projection
         for n, layer in enumerate(self.layers):
             with jax.named_scope("attention"):
-                x, cache = layer.attention(x, layer.input_norm, cache, n, angles, positions, valid)
+                x, cache = layer.attention(x, layer.input_norm, cache, n, angles, positions, valid, added)
             added, carry = self._feed_forward(n, x, valid, moe, carry)
-            x = x + added
+        assert added is not None  # there are layers
+        x = x + added
         lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
         return self.norm(x), KVCache(cache.keys, cache.values, lengths), carry
 

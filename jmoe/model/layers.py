@@ -43,30 +43,37 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if use_bias else None
         self.implementation = implementation
 
-    def __call__(
-        self, x: Float[Array, "*n I"], *, norm: RMSNorm | None = None, residual: Float[Array, "*n O"] | None = None
-    ) -> Float[Array, "*n O"]:
-        """y, of norm(x) if there is a norm, and added to the residual if there is one."""
-        added = residual if self.bias is None else None
-        y, _ = project(x, self.kernel[...], norm, added, implementation=self.implementation)
+    def __call__(self, x: Float[Array, "*n I"], residual: Float[Array, "*n O"] | None = None) -> Float[Array, "*n O"]:
+        """y, added to the residual if there is one."""
         if self.bias is None:
-            return y
-        y = y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
+            return project(x, self.kernel[...], residual=residual, implementation=self.implementation)[0]
+        y = self._biased(project(x, self.kernel[...], implementation=self.implementation)[0])
         return y if residual is None else residual + y
+
+    def after_norm(
+        self, x: Float[Array, "*n I"], norm: RMSNorm, added: Float[Array, "*n I"] | None = None
+    ) -> tuple[Float[Array, "*n O"], Float[Array, "*n I"]]:
+        """(y of norm(x + added), x + added)."""
+        y, _, x = project(x, self.kernel[...], norm, added=added, implementation=self.implementation)
+        return self._biased(y), x
+
+    def _biased(self, y: Float[Array, "*n O"]) -> Float[Array, "*n O"]:
+        return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def project(
     x: Float[Array, "*n I"],
     kernel: Float[Array, "O I"],
     norm: RMSNorm | None = None,
-    residual: Float[Array, "*n O"] | None = None,
     *,
+    residual: Float[Array, "*n O"] | None = None,
+    added: Float[Array, "*n I"] | None = None,
     dtype=None,
     implementation: str | None,
-) -> tuple[Float[Array, "*n O"], Float[Array, "*n I"]]:
-    """(normed @ kernel.T (+ residual), normed) of norm(x), or of x if there is none; see `norm_linear`."""
+) -> tuple[Float[Array, "*n O"], Float[Array, "*n I"], Float[Array, "*n I"]]:
+    """(normed @ kernel.T (+ residual), normed, x (+ added)), normed by `norm` if there is one; see `norm_linear`."""
     scale, eps = (None, 0.0) if norm is None else (norm.scale[...], norm.eps)
-    return norm_linear(x, scale, kernel, residual, eps=eps, out_dtype=dtype, implementation=implementation)
+    return norm_linear(x, scale, kernel, residual, added, eps=eps, out_dtype=dtype, implementation=implementation)
 
 
 class Embedding(nnx.Module):

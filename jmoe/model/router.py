@@ -50,7 +50,7 @@ class Router(nnx.Module):
     ) -> tuple[Routing, Float[Array, "T D"]]:
         """The routing of the rows of norm(x), and those."""
         kernel = self.kernel[...]
-        logits, normed = project(x, kernel, norm, dtype=jnp.float32, implementation=self.implementation)
+        logits, normed, _ = project(x, kernel, norm, dtype=jnp.float32, implementation=self.implementation)
         routing = self._routing(logits.reshape(-1, kernel.shape[0]), valid.reshape(-1))
         return routing, normed.reshape(-1, x.shape[-1])
 

@@ -36,16 +36,18 @@ def norm_linear(
     norm_scale: Float[Array, " K"] | None,
     kernel: Float[Array, "N K"],
     residual: Float[Array, "*n N"] | None = None,
+    added: Float[Array, "*n K"] | None = None,
     *,
     eps: float = 0.0,
     out_dtype=None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "*n N"], Float[Array, "*n K"]]:
-    """(normed @ kernel.T (+ residual), normed), for normed = x / sqrt(mean(x²) + eps) * norm_scale (arXiv 1910.07467).
+) -> tuple[Float[Array, "*n N"], Float[Array, "*n K"], Float[Array, "*n K"]]:
+    """(normed @ kernel.T (+ residual), normed, sum), for the sum x (+ added), and for
+    normed = sum / sqrt(mean(sum²) + eps) * norm_scale (arXiv 1910.07467).
 
-    Without a scale x is taken as it is. Norm and products are float32; what is normed, what is scaled and the product
-    (before the residual is added) are rounded, the first two to x's dtype, the last to `out_dtype`, which is x's too
-    unless it is given.
+    Without a scale the sum is taken as it is. Norm and products are float32; the sum, what is normed, what is scaled
+    and the product (before the residual is added) are rounded, the first three to x's dtype, the last to `out_dtype`,
+    which is x's too unless it is given.
 
     mosaic_gpu is for very few rows (see `mosaic_gpu.problem`), and has no gradient. For implementation=None other calls
     go to the reference.
@@ -54,17 +56,21 @@ def norm_linear(
     cannot do these shapes.
     """
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    _require_fitting(x, norm_scale, kernel, residual, out_dtype)
+    _require_fitting(x, norm_scale, kernel, residual, added, out_dtype)
     run = IMPLEMENTATIONS[choose(implementation, x, kernel)]
-    return run(x, norm_scale, kernel, residual, eps=eps, out_dtype=out_dtype)
+    return run(x, norm_scale, kernel, residual, added, eps=eps, out_dtype=out_dtype)
 
 
-def _require_fitting(x, norm_scale, kernel, residual, out_dtype) -> None:
+def _require_fitting(x, norm_scale, kernel, residual, added, out_dtype) -> None:
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[1]:
         raise ValueError(f"norm_linear: x {x.shape} must be [..., K], and kernel {kernel.shape} [N, K]")
     if norm_scale is not None and (norm_scale.shape, norm_scale.dtype) != (x.shape[-1:], x.dtype):
         raise ValueError(
             f"norm_linear: norm_scale {norm_scale.dtype}{list(norm_scale.shape)} must be {x.dtype}[{x.shape[-1]}]"
+        )
+    if added is not None and (added.shape, added.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"norm_linear: added {added.dtype}{list(added.shape)} must be {x.dtype}{list(x.shape)}, as x is"
         )
     shape = (*x.shape[:-1], kernel.shape[0])
     if residual is not None and (residual.shape, residual.dtype) != (shape, out_dtype):

@@ -3,7 +3,7 @@
 Bound by device memory. An item is four outputs, a row of the kernel for each warp of a warpgroup. Blocks take items in
 turn, and so do the warpgroups of a block, each through a ring of its own: TMA brings a tile of an item, the products
 are float32 sums of products. While the first tiles are on their way every block norms all of x for itself: that is a
-few KB from L2, and no block has to wait for another.
+few KB from L2, and no block has to wait for another. What is to be added to x before the norm is added there too.
 
 All orders are fixed, and an output is one warp's sum in one order however the work is cut up: the same row gives the
 same bits in every configuration, and beside any other rows.
@@ -33,6 +33,9 @@ from kernels_pallas.row_dots import (
     unroll,
 )
 
+# What experts give to more rows than these is a slice, and as an operand it would keep the kernel out of XLA's command
+# buffer: XLA adds it then.
+MAX_SUMMED_ROWS = 2
 MAX_WIDTH = 8192  # a thread has 1/128 of a row of x and of its scale in registers
 OTHER_BYTES = 2048  # of shared memory: barriers and roots
 
@@ -146,23 +149,26 @@ def key(x, kernel) -> tuning.Key:
 
 @functools.partial(jax.jit, static_argnames=("eps", "out_dtype", "config", "interpret"))  # compiled once for all layers
 def norm_linear(
-    x, norm_scale, kernel, residual, *, eps: float, out_dtype, config: Config | None = None, interpret=None
-) -> tuple[jax.Array, jax.Array]:
+    x, norm_scale, kernel, residual, added, *, eps: float, out_dtype, config: Config | None = None, interpret=None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Raises NotImplementedError where `problem` has an answer."""
     config = config or tuning.configured(key(x, kernel), Config())
     if reason := problem(x, kernel, config):
         raise NotImplementedError(f"norm_linear: mosaic_gpu cannot do this: {reason}; use implementation='reference'")
     shape = shape_of(x, kernel, config)
+    if added is not None and shape.num_rows > MAX_SUMMED_ROWS:
+        x, added = x + added, None
     row = (shape.num_columns, COLUMNS)
     rows = jax.ShapeDtypeStruct((shape.num_rows, *row), x.dtype)
     out = jax.ShapeDtypeStruct((shape.num_rows, shape.num_outputs), out_dtype)
     arrays = [x.reshape(rows.shape), kernel.reshape(shape.num_outputs, *row)]
     arrays += [] if norm_scale is None else [norm_scale.reshape(row)]
     arrays += [] if residual is None else [residual.reshape(out.shape)]
+    arrays += [] if added is None else [added.reshape(rows.shape)]
     num_warpgroups, num_stages = shape.num_warpgroups, shape.num_stages
     call = plgpu.kernel(
-        _kernel(shape, None if norm_scale is None else eps, adds=residual is not None),
-        out_type=[out] if norm_scale is None else [out, rows],
+        _kernel(shape, None if norm_scale is None else eps, adds=residual is not None, sums=added is not None),
+        out_type=[out] + [rows] * (added is not None) + [rows] * (norm_scale is not None),
         grid=(shape.num_blocks,),
         grid_names=("block",),
         num_threads=num_warpgroups,
@@ -176,24 +182,26 @@ def norm_linear(
         ],
         interpret=interpret,
     )
-    y, *normed = call(*arrays)
-    return y.reshape(*x.shape[:-1], shape.num_outputs), (normed[0].reshape(x.shape) if normed else x)
+    y, *of_x = call(*arrays)
+    seen = [x, *(each.reshape(x.shape) for each in of_x)]  # as it came, with what was added, normed
+    return y.reshape(*x.shape[:-1], shape.num_outputs), seen[-1], seen[0 if added is None else 1]
 
 
-def _kernel(shape: Shape, eps: float | None, *, adds: bool):
-    """The kernel body; see the module's docstring. Without a norm `eps` is None, `adds` says if there is a residual."""
+def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
+    """The body. Without a norm `eps` is None; `adds` says if there is a residual, `sums` if x is yet to be added to."""
     num_blocks, num_warpgroups, num_stages = shape.num_blocks, shape.num_warpgroups, shape.num_stages
     per_item, columns = shape.tiles_per_item, shape.tile[1]
     of_item = by_rows(shape.dtype.itemsize).reduce(1)
 
     def project(x, kernel, *refs):
-        # x [T, n, 256], kernel [N, n, 256]; with a norm its scale [n, 256]; with a residual that [T, N]
-        # out [T, N]; with a norm normed [T, n, 256]
+        # x [T, n, 256], kernel [N, n, 256]; those that there are: scale [n, 256], residual [T, N], added [T, n, 256]
+        # out [T, N]; if something is added to x the sum [T, n, 256]; with a norm normed [T, n, 256]
         # shared memory: tiles [warpgroups, stages, 4, columns, 256], x_here [T, n, 256], roots [warpgroups, 4]
         *refs, tiles, x_here, roots, arrived, x_arrived = refs
         scale = None if eps is None else refs.pop(0)
         residual = refs.pop(0) if adds else None
-        out, *normed = refs
+        parts = [x, refs.pop(0)] if sums else [x]
+        out, *of_x = refs
         rows = range(shape.num_rows)
         block, mine = lax.axis_index("block"), lax.axis_index("warpgroup")
         worker = mine * num_blocks + block
@@ -220,14 +228,14 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool):
             pl.when(n + num_stages < num_mine * per_item)(lambda: load(n + num_stages, stage))
             return totals
 
-        def added(here) -> list:
-            """Of each row what is to be added, if there is a residual."""
+        def residuals(here) -> list:
+            """Of each row, if there is a residual."""
             refs = [] if residual is None else [residual.at[row, here] for row in rows]
             return [plgpu.load(ref, layout=of_item, optimized=False).astype(jnp.float32) for ref in refs]
 
         def turn(i, carry):
             here = outputs(i)
-            others = added(here)  # asked for before the products, so that they are there when they are needed
+            others = residuals(here)  # asked for before the products, so that they are there when they are needed
             totals = lane_zeros(shape.num_rows, shape.dtype.itemsize)
             totals = lax.fori_loop(0, per_item, functools.partial(part_of, i), totals)
             for row in rows:
@@ -240,13 +248,15 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool):
 
         @pl.loop(mine, shape.num_rows, step=num_warpgroups)
         def _(row):
-            value = _row(shape, eps, x.at[row], scale, roots.at[mine])
-            x_here[row] = value
+            here = [part.at[row] for part in parts]
+            value = _sum(shape, [plgpu.load(part, layout=_strided(shape)) for part in here])
+            normed = value if eps is None else _normed(shape, eps, value, here, scale, roots.at[mine])
+            x_here[row] = normed
 
             @pl.when(block == lax.rem(row, num_blocks))
             def _():
-                for ref in normed:
-                    ref[row] = value
+                for ref, each in zip(of_x, [value] * sums + [normed] * (eps is not None), strict=True):
+                    ref[row] = each
 
         plgpu.barrier_arrive(x_arrived)
         plgpu.barrier_wait(x_arrived)
@@ -255,26 +265,33 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool):
     return project
 
 
-def _row(shape: Shape, eps: float | None, x, scale, root):
-    """One row of x, [n, 256] shared by a warpgroup, normed unless eps is None; rounded where the reference rounds."""
-    vector = strided_vector(shape.dtype.itemsize, shape.width)
-    strided = plgpu.Layout.WG_STRIDED((shape.num_columns, COLUMNS), vector)
-    value = plgpu.load(x, layout=strided)
-    if eps is None:
-        return value
-    scales = plgpu.load(scale, layout=strided).astype(jnp.float32)
+def _strided(shape: Shape):
+    """The layout of a row [n, 256] that a warpgroup shares."""
+    return plgpu.Layout.WG_STRIDED((shape.num_columns, COLUMNS), strided_vector(shape.dtype.itemsize, shape.width))
+
+
+def _sum(shape: Shape, loaded: list):
+    """Of one part or two, rounded as the reference does."""
+    first, *other = (part.astype(jnp.float32) for part in loaded)
+    return (first + other[0]).astype(shape.dtype) if other else loaded[0]
+
+
+def _normed(shape: Shape, eps: float, value, parts: list, scale, root):
+    """`value`, the sum of the parts of one row, normed, and rounded where the reference rounds."""
+    scales = plgpu.load(scale, layout=_strided(shape)).astype(jnp.float32)
     # Every warp adds up the whole row for itself: a sum over lanes is no more than a few shuffles.
     layout, at_once = by_rows(shape.dtype.itemsize), unroll(1, shape.num_columns)
 
     def add_some(n, total):
         for column in range(at_once):
-            loaded = plgpu.load(x.at[n * at_once + column], layout=layout.reduce(0), optimized=False)
-            part = every_warps(loaded, layout)
-            total = total + part * part
+            refs = [part.at[n * at_once + column] for part in parts]
+            loaded = [plgpu.load(ref, layout=layout.reduce(0), optimized=False) for ref in refs]
+            x = every_warps(_sum(shape, loaded), layout)
+            total = total + x * x
         return total
 
-    zero = plgpu.layout_cast(jnp.zeros((ITEM_ROWS, COLUMNS), jnp.float32), layout)
-    squares = jnp.sum(lax.fori_loop(0, shape.num_columns // at_once, add_some, zero), axis=1)
+    zeros = lane_zeros(1, shape.dtype.itemsize)[0]
+    squares = jnp.sum(lax.fori_loop(0, shape.num_columns // at_once, add_some, zeros), axis=1)
     root[...] = lax.rsqrt(squares / shape.width + eps)
     plgpu.commit_smem()
     rounded = (value.astype(jnp.float32) * root[0]).astype(shape.dtype)

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from kernels_pallas.decode_attention.reference import rms_norm
 
 
-def norm_linear(x, norm_scale, kernel, residual, *, eps: float, out_dtype):
+def norm_linear(x, norm_scale, kernel, residual, added, *, eps: float, out_dtype):
+    x = x if added is None else x + added
     normed = x if norm_scale is None else rms_norm(x, norm_scale, eps)
     y = matmul(normed, kernel, out_dtype)
-    return (y if residual is None else residual + y), normed
+    return (y if residual is None else residual + y), normed, x
 
 
 def matmul(x, kernel, dtype=None):

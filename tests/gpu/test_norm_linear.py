@@ -20,11 +20,6 @@ TOLERANCE = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 2e-6}  # of the norm:
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 
-def make_inputs(spec: NormLinearSpec, seed: int) -> tuple:
-    x, scale, residual = spec.rows(jax.random.key(seed))
-    return x, scale, spec.kernel(jax.random.key(seed + 1)), residual
-
-
 def options(spec: NormLinearSpec) -> dict:
     return {"eps": EPS, "out_dtype": jnp.dtype(spec.out_dtype or spec.dtype)}
 
@@ -39,7 +34,7 @@ def in_float32(*inputs):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_norm_linear_equals_the_reference_in_float32(spec: NormLinearSpec) -> None:
     seed = secrets.randbelow(2**31)
-    inputs = make_inputs(spec, seed)
+    inputs = spec.inputs(jax.random.key(seed))
     assert choose(None, inputs[0], inputs[2]) == "mosaic_gpu"
     run = jax.jit(functools.partial(norm_linear, **options(spec)))
     outputs = run(*inputs)
@@ -55,13 +50,12 @@ def test_norm_linear_equals_the_reference_in_float32(spec: NormLinearSpec) -> No
 @pytest.mark.parametrize("name", ["four_rows_qkv", "four_rows_o", "four_rows_router"])
 def test_a_row_has_the_same_bits_alone(name: str) -> None:
     spec = BY_NAME[name]
-    x, scale, kernel, residual = make_inputs(spec, 5)
-    together = mosaic_gpu.norm_linear(x, scale, kernel, residual, **options(spec))
+    x, scale, kernel, *of_rows = spec.inputs(jax.random.key(5))
+    together = mosaic_gpu.norm_linear(x, scale, kernel, *of_rows, **options(spec))
     for row in range(spec.num_rows):
         here = slice(row, row + 1)
-        alone = mosaic_gpu.norm_linear(
-            x[here], scale, kernel, None if residual is None else residual[here], **options(spec)
-        )
+        others = [None if each is None else each[here] for each in of_rows]
+        alone = mosaic_gpu.norm_linear(x[here], scale, kernel, *others, **options(spec))
         for all_rows, one in zip(together, alone, strict=True):
             np.testing.assert_array_equal(np.asarray(all_rows, np.float32)[here], np.asarray(one, np.float32))
 
@@ -69,7 +63,7 @@ def test_a_row_has_the_same_bits_alone(name: str) -> None:
 def test_configurations_agree() -> None:
     """To the bit: however the work is cut up, an output is one warp's sum in one order."""
     spec = dataclasses.replace(BY_NAME["qwen3_235b_qkv"], num_rows=2)
-    inputs = make_inputs(spec, 7)
+    inputs = spec.inputs(jax.random.key(7))
     wanted = np.asarray(mosaic_gpu.norm_linear(*inputs, **options(spec))[0], np.float32)
     for config in (
         mosaic_gpu.Config(num_blocks=1),

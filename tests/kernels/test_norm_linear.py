@@ -23,17 +23,16 @@ BY_NAME = {spec.name: spec for spec in SPECS}
 # Two blocks of two warpgroups, each with two tiles of 4 KiB: rings that come round, and unequal shares.
 CONFIG = mosaic_gpu.Config(num_blocks=2, max_warpgroups=2, max_stages=2, tile_bytes=4096)
 CASES = (
-    NormLinearSpec(name="normed", width=1280, num_outputs=28, num_rows=3),
-    NormLinearSpec(name="added", width=1024, num_outputs=20, num_rows=2, norms=False, adds=True, dtype="float16"),
-    NormLinearSpec(name="both", width=768, num_outputs=20, num_rows=4, adds=True, dtype="float32"),
-    NormLinearSpec(name="wide_out", width=512, num_outputs=36, out_dtype="float32"),
+    NormLinearSpec(name="normed", width=1280, num_outputs=28, num_rows=4),
+    NormLinearSpec(name="added", width=1024, num_outputs=20, num_rows=3, norms=False, adds=True, dtype="float16"),
+    NormLinearSpec(name="all", width=768, num_outputs=20, num_rows=2, adds=True, sums=True, dtype="float32"),
+    NormLinearSpec(name="summed", width=512, num_outputs=36, norms=False, sums=True, out_dtype="float32"),
 )
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}  # of the largest output
 
 
 def shapes(spec: NormLinearSpec) -> tuple:
-    x, scale, residual = jax.eval_shape(lambda: spec.rows(jax.random.key(0)))
-    return x, scale, jax.ShapeDtypeStruct(spec.kernel_shape, spec.dtype), residual
+    return jax.eval_shape(lambda: spec.inputs(jax.random.key(0)))
 
 
 def make_inputs(spec: NormLinearSpec) -> tuple:
@@ -41,16 +40,18 @@ def make_inputs(spec: NormLinearSpec) -> tuple:
     return jax.tree.map(lambda each: jnp.asarray(rng.standard_normal(each.shape), each.dtype), shapes(spec))
 
 
-def expected(inputs: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Both outputs in float64."""
-    x, kernel = (np.asarray(each, np.float64) for each in (inputs[0], inputs[2]))
-    scale, residual = (None if each is None else np.asarray(each, np.float64) for each in (inputs[1], inputs[3]))
+def expected(inputs: tuple) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The outputs in float64."""
+    x, scale, kernel, residual, added = (None if each is None else np.asarray(each, np.float64) for each in inputs)
+    assert x is not None
+    assert kernel is not None
+    x = x if added is None else x + added
     normed = x if scale is None else x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + EPS) * scale
-    return normed @ kernel.T + (0 if residual is None else residual), normed
+    return normed @ kernel.T + (0 if residual is None else residual), normed, x
 
 
 def check(spec: NormLinearSpec, inputs: tuple, outputs: tuple) -> None:
-    assert [out.dtype for out in outputs] == [spec.out_dtype or spec.dtype, spec.dtype]
+    assert [out.dtype for out in outputs] == [spec.out_dtype or spec.dtype, spec.dtype, spec.dtype]
     for got, wanted in zip(outputs, expected(inputs), strict=True):
         got = np.asarray(got, np.float32)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[spec.dtype] * np.abs(wanted).max())
@@ -79,10 +80,11 @@ def test_the_reference_is_the_formula(name: str) -> None:
 @pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
 def test_the_kernel_is_the_formula(spec: NormLinearSpec) -> None:
     inputs = make_inputs(spec)
-    out, normed = interpreted(spec)(*inputs)
-    check(spec, inputs, (out, normed))
+    outputs = _, normed, summed = interpreted(spec)(*inputs)
+    check(spec, inputs, outputs)
     assert not gpu_callbacks.get_races().races_found
-    plain = jax.jit(functools.partial(reference.norm_linear, **options(spec)))(*inputs)[1]
+    _, plain, plain_sum = jax.jit(functools.partial(reference.norm_linear, **options(spec)))(*inputs)
+    np.testing.assert_array_equal(summed, plain_sum)
     np.testing.assert_array_max_ulp(*(np.asarray(each, np.float32) for each in (normed, plain)), maxulp=ulps(spec))
 
 
@@ -95,19 +97,23 @@ def ulps(spec: NormLinearSpec) -> int:
 
 def test_neither_the_batch_nor_the_configuration_changes_a_bit() -> None:
     spec = CASES[2]
-    x, scale, kernel, residual = make_inputs(spec)
-    order = np.array([2, 0, 3, 1])
-    together = interpreted(spec)(x, scale, kernel, residual)
-    moved = interpreted(spec)(x[order], scale, kernel, residual[order])
+    inputs = make_inputs(spec)
+    order = np.array([1, 0])
+    together, moved = interpreted(spec)(*inputs), interpreted(spec)(*rows_of(inputs, order))
     one = dataclasses.replace(spec, num_rows=1)
     config = mosaic_gpu.Config(num_blocks=1, max_warpgroups=1, tile_bytes=16 * 1024)
-    alone = interpreted(one, config)(x[2:3], scale, kernel, residual[2:3])
+    alone = interpreted(one, config)(*rows_of(inputs, np.array([1])))
     for all_rows, permuted, row in zip(together, moved, alone, strict=True):
         np.testing.assert_array_equal(permuted, all_rows[order])
-        np.testing.assert_array_equal(row[0], all_rows[2])
+        np.testing.assert_array_equal(row[0], all_rows[1])
 
 
-@pytest.mark.parametrize("name", ["qwen3_30b_qkv", "qwen3_235b_o", "float32"])
+def rows_of(inputs: tuple, rows: np.ndarray) -> tuple:
+    x, scale, kernel, residual, added = inputs
+    return x[rows], scale, kernel, residual[rows], added[rows]
+
+
+@pytest.mark.parametrize("name", ["summed_qkv", "qwen3_235b_o", "float32"])
 def test_the_kernel_compiles_for_cuda_at_true_sizes(name: str) -> None:
     spec = BY_NAME[name]
     exported = export.export(jax.jit(functools.partial(mosaic_gpu.norm_linear, **options(spec))), platforms=["cuda"])(
@@ -152,6 +158,8 @@ def shaped(spec: NormLinearSpec) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeSt
         ({"norm_scale": jnp.zeros(6)}, r"norm_scale float32\[6\] must be float32\[8\]"),
         ({"norm_scale": jnp.zeros(8, "bfloat16")}, r"norm_scale bfloat16\[8\] must be float32\[8\]"),
         ({"residual": jnp.zeros((2, 8))}, r"residual float32\[2, 8\] must be float32\[2, 3\]"),
+        ({"added": jnp.zeros((2, 3))}, r"added float32\[2, 3\] must be float32\[2, 8\], as x is"),
+        ({"added": jnp.zeros((2, 8), "bfloat16")}, r"added bfloat16\[2, 8\] must be float32\[2, 8\]"),
         ({"out_dtype": "bfloat16"}, r"residual float32\[2, 3\] must be bfloat16\[2, 3\]"),
     ],
     ids=str,

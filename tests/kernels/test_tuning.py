@@ -161,7 +161,7 @@ KERNELS = {
     ),
     "norm_linear": (
         functools.partial(norm_linear.norm_linear, eps=1e-6, out_dtype=jnp.dtype("bfloat16")),
-        shaped(*[(shape, "bfloat16") for shape in ((2, 512), (512,), (256, 512), (2, 256))]),
+        shaped(*[(shape, "bfloat16") for shape in ((2, 512), (512,), (256, 512), (2, 256), (2, 512))]),
         norm_linear.key(*shaped(((2, 512), "bfloat16"), ((256, 512), "bfloat16"))),
         norm_linear.Config(),
         norm_linear.Config(num_blocks=7, max_warpgroups=2, max_stages=2, tile_bytes=4096),
