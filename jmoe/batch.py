@@ -102,36 +102,38 @@ class Batch:
         return prompt_chunks(prompts, self.engine.plan.prefill_chunk)
 
     def _prefill(self, chunk: Chunk) -> Routed | None:
-        weights, steps = self.engine.weights, self.engine.steps
-        self.state, routed = steps.prefill(
-            weights.params, weights.store, self.state, chunk, self.sampling, mode=self.mode
-        )
+        weights, run = self.engine.weights, self.engine.programs
+        inputs = weights.params, weights.store, self.state, chunk, self.sampling
+        self.state, routed = run(self.engine.steps, "prefill", chunk.token_ids.shape, *inputs, mode=self.mode)
         return routed
 
     def _decode(self, choice: Choice, num_steps: int) -> Emitted:
-        weights, steps = self.engine.weights, self.engine.steps
+        weights, steps, run = self.engine.weights, self.engine.steps, self.engine.programs
         inputs = weights.params, weights.store, self.state, self.sampling, np.int32(num_steps)
+        size = len(self.sequences)
         static = {"capacity": self.engine.runtime.decode_chunk, "mode": self.mode}
         if self.prefetching and choice.number:
             ahead = self.engine.predictor, np.int32(choice.number)
             most = self.prefetching.num_experts
-            self.state, emitted = steps.decode_prefetching(*inputs, *ahead, prefetch_experts=most, **static)
+            self.state, emitted = run(
+                steps, "decode_prefetching", size, *inputs, *ahead, prefetch_experts=most, **static
+            )
         else:
-            self.state, emitted = steps.decode(*inputs, self.engine.executed, **static)
+            self.state, emitted = run(steps, "decode", size, *inputs, self.engine.executed, **static)
         return emitted
 
     def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
-        weights, steps = self.engine.weights, drafting.steps
-        draft_set = self._draft_set or steps.start(self.state.experts, drafting.distances)
-        numbers = np.int32(choice.number), np.int32(num_cycles)
-        self.state, self._draft_set, verified = steps.decode(
-            weights.params,
-            weights.store,
-            self.state,
-            draft_set,
-            drafting.distances,
-            self.sampling,
-            *numbers,
+        weights, steps, run = self.engine.weights, drafting.steps, self.engine.programs
+        size, distances = len(self.sequences), drafting.distances
+        draft_set = self._draft_set or run(steps, "start", (), self.state.experts, distances)
+        inputs = weights.params, weights.store, self.state, draft_set, distances, self.sampling
+        self.state, self._draft_set, verified = run(
+            steps,
+            "decode",
+            size,
+            *inputs,
+            np.int32(choice.number),
+            np.int32(num_cycles),
             capacity=drafting.num_cycles(self.engine.runtime.decode_chunk),
             mode=self.mode,
         )

@@ -29,6 +29,7 @@ from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation
 from jmoe.model.families import trunk_shapes
 from jmoe.prefetching import predictor_of, prefetching, prefetching_line
+from jmoe.programs import Programs
 from jmoe.tokenizer import Tokenizer
 
 Announce = Callable[[str], None]
@@ -51,7 +52,7 @@ class Engine:
     measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
     unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
     `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts,
-    and `prefetching` unless it asks for a prefetch and some expert is not resident.
+    and `prefetching` unless it asks for a prefetch and some expert is not resident. `programs` runs the steps.
     `calibration` is what `predictor` guesses with, unless another is given; without one it is the next layer's router
     alone. `executed` is None unless `runtime` asks to execute guesses, and some layer passes its gate: then it is the
     `predictor` as well, and decoding says other things.
@@ -73,6 +74,7 @@ class Engine:
         affinity_files: Sequence[Path] = (),
         calibration: Calibration | None = None,
         predictor: Foresight | None = None,
+        programs: Programs | None = None,
         speculative: SpeculativeSteps | None = None,
         announce: Announce | None = None,
     ):
@@ -82,6 +84,7 @@ class Engine:
         self.link_ceiling_gbps = link_ceiling_gbps
         self.fingerprint = fingerprint
         self.announce = announce or (lambda line: None)
+        self.programs = programs or Programs()
         self.compiled: set[Hashable] = set()  # the shapes of generation that were compiled
         kept_in = None if plan.layout.all_resident else experience_file
         self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)

@@ -14,6 +14,7 @@ from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.prefetch_file import Calibration, file_beside, read_calibration
 from jmoe.experts.store import ExpertStore
 from jmoe.hf_files import read_json
+from jmoe.programs import Programs
 from jmoe.router_delta import RouterDelta
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -60,9 +61,17 @@ def load(
         experience_file=_experience_file(fingerprint, runtime),
         affinity_files=_affinity_files(None if delta else path, fingerprint),
         calibration=calibration,
+        programs=kept_programs(announce),
         tokenizer=_tokenizer(path, announce),
         generation_defaults=_generation_defaults(path),
     )
+
+
+def kept_programs(announce: Announce | None = None) -> Programs:
+    """Kept in the cache, on a GPU. On a CPU compiling is quick, and XLA cannot run all that it loads there."""
+    if jax.default_backend() != "gpu":
+        return Programs()
+    return Programs(sources.cache_dir() / "programs", announce or (lambda line: None))
 
 
 def _experience_file(fingerprint: str, runtime: RuntimeConfig) -> Path:

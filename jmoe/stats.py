@@ -243,10 +243,10 @@ class GenerationStats:
         """The closing summary for people."""
         decode, prefill = self.decode, self.prefill
         ceiling = self.link_ceiling_gbps
-        compiled = [f"compiled in {self.compile_s:.1f} s, once for this shape"] if self.compile_s else []
+        ready = [f"compiled, or loaded, in {self.compile_s:.1f} s, once for this shape"] if self.compile_s else []
         share = f", {self.percent_of_ceiling:.0f} % of the link ceiling ({ceiling:.1f} GB/s)" if ceiling else ""
         return [
-            *compiled,
+            *ready,
             f"prompt {self.num_prompt_tokens} tokens, time to first token {self.ttft_s:.3f} s; "
             f"{prefill.hits} experts used in place, {prefill.misses} streamed",
             f"generated {self.num_generated_tokens} tokens, {self.tokens_per_s:.1f} tokens/s "

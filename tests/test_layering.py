@@ -41,6 +41,7 @@ PART_OF = {
     "jmoe.generation": "jmoe.engine",
     "jmoe.loading": "jmoe.engine",
     "jmoe.prefetching": "jmoe.engine",
+    "jmoe.programs": "jmoe.engine",
     "jmoe.prefetch_stats": "jmoe.stats",
     "jmoe.experts.prefetch_file": "jmoe.experts.prefetch",
     "jmoe.experts.look_ahead": "jmoe.experts.prefetch",

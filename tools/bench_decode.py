@@ -42,7 +42,7 @@ from jmoe.config import ModelConfig, Prefetching, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
-from jmoe.loading import load_calibration, load_weights
+from jmoe.loading import kept_programs, load_calibration, load_weights
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
@@ -167,7 +167,7 @@ class Bench:
     def _record(self) -> Oracle:
         """Of all runs to come: what is asked for does not depend on what has a slot."""
         runtime = dataclasses.replace(self.runtime(self.config.num_experts_per_tok), record_routing=True)
-        engine = Engine.start(self.config, runtime, lambda: self.weights)
+        engine = Engine.start(self.config, runtime, lambda: self.weights, programs=kept_programs())
         traces = []
         for repeat, prompts in enumerate(self.prompts):
             generation = engine.generate(prompts.tolist(), self.sampling(repeat))
@@ -219,7 +219,7 @@ class Bench:
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
         runtime = self.runtime(slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
-        engine = Engine.start(self.config, runtime, lambda: self.weights, **knows)
+        engine = Engine.start(self.config, runtime, lambda: self.weights, programs=kept_programs(), **knows)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()

@@ -37,7 +37,7 @@ from jmoe.config import DTYPES, DraftPolicy, Missing, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine, Weights
 from jmoe.generation import Generation
-from jmoe.loading import load_weights
+from jmoe.loading import kept_programs, load_weights
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_decode import PROMPTS
 from tools.command import exit_code
@@ -186,7 +186,7 @@ class Bench:
     def measure(self, way: Way, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A row. Raises what `Engine.start` does, and RuntimeError where tokens are not those of `rows`."""
         options, most = self.options, self.options.new_tokens
-        engine = Engine.start(self.config, self._runtime(way), lambda: self.weights)
+        engine = Engine.start(self.config, self._runtime(way), lambda: self.weights, programs=kept_programs())
         warming = self._generate(engine, way, range(way.batch), min(options.warm_tokens, most))
         warming.results()
         measured = self._generate(engine, way, range(way.batch, 2 * way.batch), most)

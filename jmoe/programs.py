@@ -1,0 +1,93 @@
+"""Compiled steps, kept from one start to the next: what was compiled before is neither traced nor lowered again.
+
+XLA's own cache has to be asked with the lowered program, and to trace and lower the steps of a model of many layers
+takes longer than to compile them.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pickle
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from jmoe.whole_files import new_file
+
+MOST_FILES = 64  # the oldest go; each is some megabytes
+
+
+class Programs:
+    """Runs jitted steps by their names; with a directory, by executables that lie there, or then will.
+
+    A file goes by everything that may change what is compiled: the steps, shapes, sources, versions, device and flags.
+    It is a pickle, so the directory must be one's own. `announce` is told of files that cannot be used or written.
+    """
+
+    def __init__(self, directory: Path | None = None, announce: Callable[[str], None] = lambda line: None):
+        self._directory, self._announce = directory, announce
+        self._made: dict[Hashable, Callable] = {}
+
+    def __call__(self, steps: Any, name: str, shape: Hashable, *args: Any, **static: Any) -> Any:
+        """steps.name(*args, **static). `shape` stands for what may differ in the shapes of arguments of these steps."""
+        if self._directory is None:
+            return getattr(steps, name)(*args, **static)
+        key = steps, name, shape, tuple(sorted(static.items()))
+        if key not in self._made:
+            self._made[key] = self._loaded_or_compiled(self._directory, steps, name, args, static)
+        return self._made[key](*args)
+
+    def _loaded_or_compiled(self, directory: Path, steps: Any, name: str, args: tuple, static: dict) -> Callable:
+        file = directory / f"{name}-{_digest(steps, name, args, static)}"
+        if file.is_file():
+            try:
+                program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+                os.utime(file)
+                return program
+            except Exception as error:  # whatever a damaged pickle, or XLA, may raise
+                self._announce(f"{file} cannot be used, compiling again: {type(error).__name__}: {error}")
+        program = getattr(steps, name).__func__.lower(steps, *args, **static).compile()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with new_file(file) as scratch:
+                scratch.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+            _keep_newest(directory)
+        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+            self._announce(f"the compiled {name} is not kept in {file}: {type(error).__name__}: {error}")
+        return program
+
+
+def _digest(steps: Any, name: str, args: tuple, static: dict) -> str:
+    """Of everything that the executable depends on."""
+    leaves, tree = jax.tree.flatten(args)
+    shapes = [f"{jax.typeof(leaf)} {getattr(leaf, 'sharding', None)}" for leaf in leaves]
+    parts = (*_machine(), _sources(), name, repr(steps), repr(sorted(static.items())), str(tree), *shapes)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _machine() -> tuple[str, ...]:
+    device = jax.devices()[0]
+    versions = jax.__version__, importlib.metadata.version("jaxlib"), device.client.platform_version
+    settings = os.environ.get("XLA_FLAGS", ""), jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+    return *versions, device.device_kind, *map(str, settings)
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the code that steps are made of, and of the kernels' measured configurations."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for package in ("jmoe", "kernels_pallas"):
+        for file in sorted(path for suffix in ("py", "toml") for path in (root / package).rglob(f"*.{suffix}")):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _keep_newest(directory: Path) -> None:
+    files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files[MOST_FILES:]:
+        file.unlink(missing_ok=True)

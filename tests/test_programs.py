@@ -1,0 +1,135 @@
+"""Compiled steps that are kept: the same tokens without compiling, and nothing lost where a file cannot be used.
+
+XLA cannot always run on a CPU what it loads there, so executables stay in memory here and only their numbers go to the
+files; tests/gpu/test_programs.py has the real ones.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jmoe import programs
+from jmoe.config import RuntimeConfig
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.engine import Engine
+from jmoe.programs import Programs
+from tests import models
+from tests.models import SMALL
+
+PROMPT = models.prompts(7)[0]
+GREEDY = SamplingParams(max_new_tokens=9)
+PLAIN = {"prefill_chunk": 16, "decode_chunk": 4}
+
+
+def engine(directory: Path | None, say: Callable[[str], None] = lambda line: None, **runtime) -> Engine:
+    options = RuntimeConfig(**{"expert_slots": 4, "max_seq_len": 64, "measure_link": False, **PLAIN, **runtime})
+    return Engine.start(SMALL, options, lambda: models.weights(SMALL), programs=Programs(directory, say))
+
+
+def tokens(engine: Engine) -> tuple[int, ...]:
+    return engine.generate([PROMPT], GREEDY).results()[0].token_ids
+
+
+class InMemory:
+    """In place of jax.experimental.serialize_executable."""
+
+    def __init__(self):
+        self.programs = []
+
+    def serialize(self, program) -> tuple[int, str, str]:
+        self.programs.append(program)
+        return len(self.programs) - 1, "inputs", "outputs"
+
+    def deserialize_and_load(self, number: int, inputs: str, outputs: str):
+        assert (inputs, outputs) == ("inputs", "outputs")
+        return self.programs[number]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def executables() -> Iterator[InMemory]:
+    with pytest.MonkeyPatch.context() as patch:
+        here = InMemory()
+        patch.setattr(programs, "serialize_executable", here)
+        yield here
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, executables: InMemory) -> tuple[Path, tuple[int, ...]]:
+    """A directory with the plain steps, and what they said."""
+    directory = tmp_path_factory.mktemp("programs")
+    return directory, tokens(engine(directory))
+
+
+def test_kept_steps_say_the_same_as_those_of_no_directory(kept: tuple[Path, tuple[int, ...]]) -> None:
+    directory, said = kept
+    assert tokens(engine(None)) == said
+    assert sorted(file.name.split("-")[0] for file in directory.iterdir()) == ["decode", "prefill"]
+
+
+def test_another_start_compiles_no_step(
+    kept: tuple[Path, tuple[int, ...]], executables: InMemory, tmp_path: Path
+) -> None:
+    directory, said = shutil.copytree(kept[0], tmp_path / "copy"), kept[1]
+    number = len(executables.programs)
+    assert tokens(engine(directory)) == said
+    assert len(executables.programs) == number
+    assert tokens(engine(directory, expert_slots=5)) == said
+    assert len(executables.programs) == number + 2
+
+
+@pytest.mark.parametrize("runtime", [{"draft": 2}, {"prefetch": "lookahead", "prefetch_experts": 1.0}], ids=str)
+def test_drafts_and_prefetches_are_kept_too(kept: tuple[Path, tuple[int, ...]], runtime: dict, tmp_path: Path) -> None:
+    first = tokens(engine(tmp_path, **runtime))
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    said: list[str] = []
+    assert tokens(engine(tmp_path, said.append, **runtime)) == first == kept[1]
+    assert set(tmp_path.iterdir()) == set(files)
+    assert not [line for line in said if "cannot be used" in line]
+
+
+def test_a_damaged_file_is_said_and_replaced(kept: tuple[Path, tuple[int, ...]]) -> None:
+    directory, expected = kept
+    [file] = directory.glob("decode-*")
+    size, said = file.stat().st_size, []
+    os.truncate(file, size // 2)
+    assert tokens(engine(directory, said.append)) == expected
+    assert any(str(file) in line and "cannot be used, compiling again" in line for line in said)
+    assert file.stat().st_size == size
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path, kept: tuple[Path, tuple[int, ...]]) -> None:
+    (tmp_path / "file").write_text("no directory")
+    said: list[str] = []
+    assert tokens(engine(tmp_path / "file", said.append)) == kept[1]
+    assert sum("is not kept in" in line for line in said) == 2
+
+
+def test_a_file_goes_by_all_that_may_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = engine(None)
+    digests = [programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"})]
+    digests.append(programs._digest(engine(None, expert_slots=5).steps, "decode", (1.0,), {"mode": "greedy"}))
+    digests.append(programs._digest(start.steps, "prefill", (1.0,), {"mode": "greedy"}))
+    digests.append(programs._digest(start.steps, "decode", (1,), {"mode": "greedy"}))
+    digests.append(programs._digest(start.steps, "decode", ((1.0,),), {"mode": "greedy"}))
+    digests.append(programs._digest(start.steps, "decode", (1.0,), {"mode": "full"}))
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_hlo_as_text")
+        digests.append(programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "_sources", lambda: "other code")
+        digests.append(programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"}))
+    assert len(set(digests)) == len(digests)
+    assert programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"}) == digests[0]
+
+
+def test_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "MOST_FILES", 2)
+    for age in range(4):
+        file = tmp_path / f"decode-{age}"
+        file.touch()
+        os.utime(file, (1000 - age, 1000 - age))
+    programs._keep_newest(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["decode-0", "decode-1"]
