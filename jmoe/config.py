@@ -187,12 +187,13 @@ class RuntimeConfig:
     """How this machine runs a model. None means: chosen automatically, and said once.
 
     `expert_slots` is the number of device slots of each MoE layer (num_experts_per_tok … num_experts); `staging_slots`
-    are shared by all layers. `device_memory_bytes` and `host_memory_bytes` bound what the plan may use. `dtype`
-    overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the kernels. `decode_chunk` is
-    the most tokens that one call of the jitted step produces. `record_routing` keeps which experts every token went to,
-    see `Generation.trace`. `profiled` lets a profiler see every kernel, which takes a little speed: a call of a step
-    waits for the one before, each turn of its loops for the host. `residency_policy` names what decides which experts
-    keep their slots (docs/residency.md).
+    are shared by all layers. `prefill_chunk` tokens of each prompt are taken in at a time; automatically as many as
+    pay, since each chunk streams what is not resident. `device_memory_bytes` and `host_memory_bytes` bound what the
+    plan may use. `dtype` overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the
+    kernels. `decode_chunk` is the most tokens that one call of the jitted step produces. `record_routing` keeps which
+    experts every token went to, see `Generation.trace`. `profiled` lets a profiler see every kernel, which takes a
+    little speed: a call of a step waits for the one before, each turn of its loops for the host. `residency_policy`
+    names what decides which experts keep their slots (docs/residency.md).
 
     `draft` says how many tokens speculative decoding drafts at a time (docs/speculative.md): "off", a number, or
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
@@ -211,7 +212,7 @@ class RuntimeConfig:
     host_memory_bytes: int | None = None
     batch_size: int = 1
     max_seq_len: int | None = None
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     decode_chunk: int = 32
     dtype: str | None = None
     implementation: str | None = None
@@ -229,10 +230,11 @@ class RuntimeConfig:
     execute_guess: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("expert_slots", "staging_slots", "device_memory_bytes", "host_memory_bytes", "max_seq_len"):
+        sizes = "expert_slots staging_slots device_memory_bytes host_memory_bytes max_seq_len prefill_chunk".split()
+        for name in sizes:
             value = getattr(self, name)
             _require(value is None or (isinstance(value, int) and value >= 1), f"{name}={value!r} must be at least 1")
-        for name in ("batch_size", "prefill_chunk", "decode_chunk"):
+        for name in ("batch_size", "decode_chunk"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number of at least 1")
         _require(

@@ -24,6 +24,9 @@ SLOW_COPY_S = 0.02  # no link: a CPU's own memory
 PINNED_SLACK_BYTES = 256 * 2**20  # what the link test and XLA's own small copies take
 HOST_LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"  # in GiB, whatever its name says
 XLA_DEFAULT_HOST_LIMIT_BYTES = 64 * GIB
+LEAST_PREFILL_CHUNK = 512  # tokens of a sequence
+MOST_PREFILL_ROWS = 4096  # tokens of a batch
+PREFILL_SHARE = 1 / 32  # of the device, that longer chunks may take
 
 
 def device_sharding() -> SingleDeviceSharding:
@@ -212,13 +215,14 @@ def plan_memory(
     what to change, for a plan that cannot fit on the device or on the host.
     """
     max_seq_len = runtime.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
-    prefill_chunk = min(runtime.prefill_chunk, max_seq_len)
     host_limit = min(runtime.host_memory_bytes or host_limit_bytes, host_limit_bytes)
     pinned = config.store_bytes if device_limit_bytes is None else pinned_pool_bytes(config)
     _require_host(config, pinned, host_limit)
     if device_limit_bytes is None:
         device_limit_bytes = host_limit_bytes - config.store_bytes
     device_limit = min(runtime.device_memory_bytes or device_limit_bytes, device_limit_bytes)
+    prefill_chunk = runtime.prefill_chunk or _prefill_chunk(config, runtime, max_seq_len, device_limit)
+    prefill_chunk = min(prefill_chunk, max_seq_len)
     staging = runtime.staging_slots or max(2, STAGING_BYTES // config.expert_bytes)
     staging = min(staging, config.num_experts)
     fixed = {
@@ -250,6 +254,17 @@ def plan_memory(
         device_limit_bytes=device_limit,
         host_limit_bytes=host_limit,
     )
+
+
+def _prefill_chunk(config: ModelConfig, runtime: RuntimeConfig, max_seq_len: int, device_limit: int) -> int:
+    """The most tokens of a prompt that there is cheap room for: each chunk streams what is not resident once more."""
+    size = LEAST_PREFILL_CHUNK
+    least = workspace_bytes(config, runtime.batch_size, max_seq_len, size)
+    while 2 * size * runtime.batch_size <= MOST_PREFILL_ROWS:
+        if workspace_bytes(config, runtime.batch_size, max_seq_len, 2 * size) - least > PREFILL_SHARE * device_limit:
+            break
+        size *= 2
+    return size
 
 
 def _require_host(config: ModelConfig, pinned: int, limit: int) -> None:

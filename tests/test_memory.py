@@ -119,6 +119,23 @@ def test_lengths_are_chosen_and_chunks_are_no_longer_than_they() -> None:
     assert (short.max_seq_len, short.prefill_chunk) == (100, 100)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"max_seq_len": 16384}, memory.MOST_PREFILL_ROWS),
+        ({"max_seq_len": 16384, "batch_size": 3}, 1024),
+        ({"max_seq_len": 1024, "batch_size": 64}, memory.LEAST_PREFILL_CHUNK),
+        ({"max_seq_len": 2048, "device_memory_bytes": 12 * memory.GIB}, 1024),
+        ({"max_seq_len": 700}, 700),
+        ({"max_seq_len": 16384, "prefill_chunk": 128}, 128),
+    ],
+    ids=str,
+)
+def test_chunks_are_as_long_as_there_is_cheap_room_for(sizes: dict, expected: int) -> None:
+    made = plan(expert_slots=LARGE.num_experts_per_tok, **sizes)
+    assert made.prefill_chunk == expected
+
+
 def test_staging_slots() -> None:
     automatic = plan().layout.num_staging
     assert 2 <= automatic <= memory.STAGING_BYTES // LARGE.expert_bytes

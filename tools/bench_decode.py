@@ -71,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="default: the engine's")
     parser.add_argument("--decode-chunk", type=int, default=8)
     parser.add_argument("--staging-slots", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -197,6 +198,7 @@ class Bench:
             staging_slots=args.staging_slots,
             batch_size=args.batch_size,
             max_seq_len=args.max_seq_len,
+            prefill_chunk=args.prefill_chunk,
             decode_chunk=args.decode_chunk,
             residency_policy=args.residency_policy,
             implementation="reference" if args.no_kernels else None,
