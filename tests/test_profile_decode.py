@@ -41,7 +41,19 @@ def test_times_and_counts_are_of_a_step(capsys: pytest.CaptureFixture[str]) -> N
     report(made, 2, longest=1)
     out = capsys.readouterr().out
     assert "2 steps, 5.0 us each, a kernel running in 4.5 us of them" in out
-    assert json.loads(out.splitlines()[-1])["scopes"] == rows
+    assert json.loads(out.splitlines()[-1])["scopes"] == [{**row, "alone_us": row["us"]} for row in rows]
+
+
+def test_what_runs_beside_others_is_not_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    made = [
+        Kernel("a", "prefetch", 0, 5000),  # beside b for 3 µs, and once more alone
+        Kernel("b", "attention", 1000, 1000),
+        Kernel("b", "attention", 2500, 2000),
+        Kernel("a", "prefetch", 7000, 500),
+    ]
+    report(made, 1, longest=1)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["scopes"]
+    assert {row["name"]: row["alone_us"] for row in rows} == {"prefetch": 2.5, "attention": 0.0}
 
 
 def test_kernels_beside_each_other_are_busy_once() -> None:

@@ -2,6 +2,7 @@
 
 Runs decode calls under jax's profiler and adds up what the device did: time and kernels a step by the named scope of
 the code (prefetch, attention, router, admit, fetch, experts, head, sample), the longest kernels, and how long none ran.
+`alone` is the part of a scope's time when no other's kernel ran: of a prefetch what comes late, and is waited for.
 `norm_linear` serves attention and router under one name, and is a line of its own: projections.
 """
 
@@ -178,9 +179,12 @@ def report(found: Sequence[Kernel], steps: int, longest: int) -> None:
     span_us = (max(k.start_ns + k.duration_ns for k in found) - min(k.start_ns for k in found)) / steps / 1e3
     busy_us = busy_ns(found) / steps / 1e3
     print(f"{steps} steps, {span_us:.1f} us each, a kernel running in {busy_us:.1f} us of them")
-    print(f"{'scope':<12}{'us/step':>10}{'kernels':>10}{'us each':>10}")
     for row in rows:
-        print(f"{row['name']:<12}{row['us']:>10.1f}{row['count']:>10.1f}{row['us'] / row['count']:>10.2f}")
+        row["alone_us"] = busy_us - busy_ns([kernel for kernel in found if kernel.scope != row["name"]]) / steps / 1e3
+    print(f"{'scope':<12}{'us/step':>10}{'alone':>10}{'kernels':>10}{'us each':>10}")
+    for row in rows:
+        each = f"{row['count']:>10.1f}{row['us'] / row['count']:>10.2f}"
+        print(f"{row['name']:<12}{row['us']:>10.1f}{row['alone_us']:>10.1f}{each}")
     for row in totals(((f"{kernel.scope} {kernel.name}", kernel) for kernel in found), steps)[:longest]:
         print(f"  {row['us']:>8.1f} us {row['count']:>6.1f} x {row['us'] / row['count']:>7.2f}  {row['name'][:100]}")
     print(json.dumps({"steps": steps, "span_us": span_us, "busy_us": busy_us, "scopes": rows}))
