@@ -4,6 +4,8 @@ Bound by device memory. An item is four outputs, a row of the kernel for each wa
 turn, and so do the warpgroups of a block, each through a ring of its own: TMA brings a tile of an item, the products
 are float32 sums of products. While the first tiles are on their way every block norms all of x for itself: that is a
 few KB from L2, and no block has to wait for another. What is to be added to x before the norm is added there too.
+x and its scale are asked for before any weight, so that they do not queue behind all that a multiprocessor can hold,
+and once: a thread squares and norms what it has in registers.
 
 All orders are fixed, and an output is one warp's sum in one order however the work is cut up: the same row gives the
 same bits in every configuration, and beside any other rows.
@@ -37,7 +39,8 @@ from kernels_pallas.row_dots import (
 # buffer: XLA adds it then.
 MAX_SUMMED_ROWS = 2
 MAX_WIDTH = 8192  # a thread has 1/128 of a row of x and of its scale in registers
-OTHER_BYTES = 2048  # of shared memory: barriers and roots
+WARPS = 4  # of a warpgroup, which share a row of x
+OTHER_BYTES = 2048  # of shared memory: barriers and sums of squares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,15 +109,22 @@ class Shape:
 
     @property
     def num_warpgroups(self) -> int:
-        """Enough for the items of a block and the rows of x, as far as each has room for a tile."""
-        useful = max(self.num_rows, -(-self.num_items // self.num_blocks))
+        """Enough for the items of a block and the rows of x, as far as each has room for a tile.
+
+        Two at least: with one, which has x for certain, ptxas waits for x before it asks for the scale and for tiles.
+        """
+        useful = max(2, self.num_rows, -(-self.num_items // self.num_blocks))
         return min(self.config.max_warpgroups, useful, self.most_tiles)
+
+    @property
+    def most_turns(self) -> int:
+        """Tiles that a warpgroup ever has."""
+        return -(-self.num_items // (self.num_blocks * self.num_warpgroups)) * self.tiles_per_item
 
     @property
     def num_stages(self) -> int:
         """Tiles of a warpgroup in shared memory: all that it ever has, if there is room."""
-        items = -(-self.num_items // (self.num_blocks * self.num_warpgroups))
-        return min(items * self.tiles_per_item, self.config.max_stages, self.most_tiles // self.num_warpgroups)
+        return min(self.most_turns, self.config.max_stages, self.most_tiles // self.num_warpgroups)
 
 
 def shape_of(x, kernel, config: Config = Config()) -> Shape:
@@ -176,7 +186,7 @@ def norm_linear(
         scratch_types=[
             plgpu.SMEM((num_warpgroups, num_stages, *shape.tile), x.dtype),
             plgpu.SMEM(rows.shape, x.dtype),
-            plgpu.SMEM((num_warpgroups, ITEM_ROWS), jnp.float32),
+            plgpu.SMEM((num_warpgroups, WARPS), jnp.float32),
             plgpu.Barrier(num_barriers=num_warpgroups * num_stages),
             plgpu.Barrier(num_arrivals=num_warpgroups),
         ],
@@ -196,8 +206,8 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
     def project(x, kernel, *refs):
         # x [T, n, 256], kernel [N, n, 256]; those that there are: scale [n, 256], residual [T, N], added [T, n, 256]
         # out [T, N]; if something is added to x the sum [T, n, 256]; with a norm normed [T, n, 256]
-        # shared memory: tiles [warpgroups, stages, 4, columns, 256], x_here [T, n, 256], roots [warpgroups, 4]
-        *refs, tiles, x_here, roots, arrived, x_arrived = refs
+        # shared memory: tiles [warpgroups, stages, 4, columns, 256], x_here [T, n, 256], sums_here [warpgroups, 4]
+        *refs, tiles, x_here, sums_here, arrived, x_arrived = refs
         scale = None if eps is None else refs.pop(0)
         residual = refs.pop(0) if adds else None
         parts = [x, refs.pop(0)] if sums else [x]
@@ -224,8 +234,9 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
             plgpu.barrier_wait(arrived.at[mine * num_stages + stage])
             x_part = x_here.at[:, pl.ds(part * columns, columns)]
             totals = add_products(totals, x_part, [tiles.at[mine, stage]], shape.dtype.itemsize)
-            plgpu.commit_smem()  # all warps have read the tile: the next one may take its place
-            pl.when(n + num_stages < num_mine * per_item)(lambda: load(n + num_stages, stage))
+            if shape.most_turns > num_stages:
+                plgpu.commit_smem()  # all warps have read the tile: the next one may take its place
+                pl.when(n + num_stages < num_mine * per_item)(lambda: load(n + num_stages, stage))
             return totals
 
         def residuals(here) -> list:
@@ -243,21 +254,32 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
                 out[row, here] = (others[row] + y.astype(jnp.float32)).astype(out.dtype) if adds else y
             return carry
 
-        for stage in range(num_stages):
-            pl.when(stage < num_mine * per_item)(lambda stage=stage: load(stage, stage))
-
-        @pl.loop(mine, shape.num_rows, step=num_warpgroups)
-        def _(row):
-            here = [part.at[row] for part in parts]
-            value = _sum(shape, [plgpu.load(part, layout=_strided(shape)) for part in here])
-            normed = value if eps is None else _normed(shape, eps, value, here, scale, roots.at[mine])
+        def prepare(row, loaded: list, scales) -> None:
+            """What is multiplied with the weights, in shared memory; one block returns it as well."""
+            value = _sum(shape, loaded)
+            normed = value if scales is None else _normed(shape, eps, value, scales, x_here.at[row], sums_here.at[mine])
             x_here[row] = normed
 
-            @pl.when(block == lax.rem(row, num_blocks))
+            @pl.when(block == num_blocks - 1 - lax.rem(row, num_blocks))  # the last blocks have the fewest items
             def _():
                 for ref, each in zip(of_x, [value] * sums + [normed] * (eps is not None), strict=True):
                     ref[row] = each
 
+        turns = range(-(-shape.num_rows // num_warpgroups))
+        mine_of = [mine + n * num_warpgroups for n in turns]  # rows; beyond the last one, that is loaded for nothing
+        layout = _layout(shape)
+        here = [
+            [plgpu.load(part.at[lax.min(row, shape.num_rows - 1)], layout=layout, optimized=False) for part in parts]
+            for row in mine_of
+        ]
+        scales = None if eps is None else plgpu.load(scale, layout=layout, optimized=False)
+
+        @pl.loop(0, lax.min(num_stages, num_mine * per_item))
+        def _(stage):
+            load(stage, stage)
+
+        for row, loaded in zip(mine_of, here, strict=True):
+            pl.when(row < shape.num_rows)(functools.partial(prepare, row, loaded, scales))
         plgpu.barrier_arrive(x_arrived)
         plgpu.barrier_wait(x_arrived)
         lax.fori_loop(0, num_mine, turn, 0)
@@ -265,34 +287,43 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
     return project
 
 
-def _strided(shape: Shape):
-    """The layout of a row [n, 256] that a warpgroup shares."""
+def _layout(shape: Shape):
+    """Of a row [n, 256] that a warpgroup shares: each warp has whole columns of 256, if there are enough for all."""
+    if shape.num_columns % ITEM_ROWS == 0:
+        return by_rows(shape.dtype.itemsize)
     return plgpu.Layout.WG_STRIDED((shape.num_columns, COLUMNS), strided_vector(shape.dtype.itemsize, shape.width))
 
 
-def _sum(shape: Shape, loaded: list):
+def _sum(shape: Shape, parts: list):
     """Of one part or two, rounded as the reference does."""
-    first, *other = (part.astype(jnp.float32) for part in loaded)
-    return (first + other[0]).astype(shape.dtype) if other else loaded[0]
+    first, *other = (part.astype(jnp.float32) for part in parts)
+    return (first + other[0]).astype(shape.dtype) if other else parts[0]
 
 
-def _normed(shape: Shape, eps: float, value, parts: list, scale, root):
-    """`value`, the sum of the parts of one row, normed, and rounded where the reference rounds."""
-    scales = plgpu.load(scale, layout=_strided(shape)).astype(jnp.float32)
-    # Every warp adds up the whole row for itself: a sum over lanes is no more than a few shuffles.
+def _normed(shape: Shape, eps: float | None, value, scales, here, sums):
+    """A row normed, and rounded where the reference rounds. `here` and `sums` are its shared memory."""
+    wide = value.astype(jnp.float32)
+    if shape.num_columns % ITEM_ROWS == 0:
+        squares = [wide[n : n + ITEM_ROWS] * wide[n : n + ITEM_ROWS] for n in range(0, shape.num_columns, ITEM_ROWS)]
+        sums[...] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
+        total = (sums[0] + sums[1]) + (sums[2] + sums[3])
+    else:
+        here[...] = value
+        sums[...] = _whole_sum(shape, here)
+        total = sums[0]
+    rounded = (wide * lax.rsqrt(total / shape.width + eps)).astype(shape.dtype)
+    return (rounded.astype(jnp.float32) * scales.astype(jnp.float32)).astype(shape.dtype)
+
+
+def _whole_sum(shape: Shape, row):
+    """Of the squares of a row in shared memory: every warp adds up all of it for itself."""
     layout, at_once = by_rows(shape.dtype.itemsize), unroll(1, shape.num_columns)
 
     def add_some(n, total):
         for column in range(at_once):
-            refs = [part.at[n * at_once + column] for part in parts]
-            loaded = [plgpu.load(ref, layout=layout.reduce(0), optimized=False) for ref in refs]
-            x = every_warps(_sum(shape, loaded), layout)
+            x = every_warps(plgpu.load(row.at[n * at_once + column], layout=layout.reduce(0)), layout)
             total = total + x * x
         return total
 
     zeros = lane_zeros(1, shape.dtype.itemsize)[0]
-    squares = jnp.sum(lax.fori_loop(0, shape.num_columns // at_once, add_some, zeros), axis=1)
-    root[...] = lax.rsqrt(squares / shape.width + eps)
-    plgpu.commit_smem()
-    rounded = (value.astype(jnp.float32) * root[0]).astype(shape.dtype)
-    return (rounded.astype(jnp.float32) * scales).astype(shape.dtype)
+    return jnp.sum(lax.fori_loop(0, shape.num_columns // at_once, add_some, zeros), axis=1)
