@@ -28,8 +28,12 @@ def strided_vector(itemsize: int, width: int) -> int:
 
 def by_rows(itemsize: int):
     """The layout of [ITEM_ROWS, COLUMNS]: a warp has one row, its threads `lane_vector` neighbouring columns each."""
-    vector = lane_vector(itemsize)
-    tiling = plgpu.Tiling(((ITEM_ROWS, WARP * vector), (vector,)))
+    return by_rows_of(WARP * lane_vector(itemsize))
+
+
+def by_rows_of(width: int):
+    """The same for [ITEM_ROWS, width], or a multiple of that."""
+    tiling = plgpu.Tiling(((ITEM_ROWS, width), (width // WARP,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 

@@ -1,7 +1,9 @@
 """Routing as one Mosaic GPU kernel: a warpgroup for each row, a thread for each expert (for two of more than 128).
 
-Bound by latency. An expert's rank is the number of experts with more weight, found by looking at each in turn, and so
-is its place among the chosen ones.
+Bound by latency, and so by how much code runs once, and by how often threads wait for each other. Chosen are the
+experts that fewer than `num_chosen` others outweigh; only if these are too many, for some of them weigh the same, are
+equals counted as well. Then it is a matter of bits: 32 experts are a word, and the n-th chosen expert is the n-th bit
+that is set.
 """
 
 import functools
@@ -14,13 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.route.reference import LEAST_WEIGHT
+from kernels_pallas.row_dots import by_rows_of
 
-WARPGROUP = 128  # threads
-MAX_EXPERTS = 256  # the most elements of one dimension of a TMA box
+WARPS, LANES = 4, 32
+WARPGROUP = WARPS * LANES  # threads
+MAX_EXPERTS = 256  # two a thread
 MAX_ROWS = 1024  # beyond, XLA's sort is no slower
 COPIED = 4  # elements: TMA copies 16 bytes at least
-UNROLL = 8  # of the experts that are looked at: their loads are on their way together
-UNCHOSEN = -1
+UNROLL = 8  # of the chosen ones that are looked at: their loads are on their way together
 
 
 def problem(logits) -> str | None:
@@ -42,18 +45,22 @@ def route(logits, valid, *, num_chosen: int, normalize: bool, interpret=None):
     if why := problem(logits):
         raise NotImplementedError(f"route: mosaic_gpu cannot do this: {why}; use implementation='reference'")
     (num_rows, num_experts), room = logits.shape, -(-num_chosen // COPIED) * COPIED
-    threads = -(-num_experts // WARPGROUP) * WARPGROUP
+    width = LANES * -(-num_experts // WARPGROUP)  # experts of a warp
+    num_copies = -(-num_experts // width)
+    if num_experts == WARPS * width:
+        logits = logits.reshape(num_rows, WARPS, width)  # loaded by the threads: sooner there than by TMA
     kernel = plgpu.kernel(
-        _kernel(num_experts, num_chosen, room, threads, normalize),
+        _kernel(num_experts, num_chosen, room, width, normalize),
         out_type=[jax.ShapeDtypeStruct((num_rows, room), dtype) for dtype in (jnp.int32, jnp.float32)],
         grid=(num_rows,),
         grid_names=("row",),
         scratch_types=[
-            plgpu.SMEM((threads,), jnp.float32),
-            plgpu.SMEM((threads,), jnp.float32),
-            plgpu.SMEM((threads,), jnp.int32),
-            plgpu.SMEM((threads,), jnp.int32),
-            plgpu.Barrier(),
+            plgpu.SMEM((WARPS, width), jnp.float32),
+            plgpu.SMEM((2, WARPS), jnp.float32),
+            plgpu.SMEM((width // LANES, WARPS), jnp.int32),
+            plgpu.SMEM((WARPS, width), jnp.int32),
+            plgpu.SMEM((WARPS, width), jnp.float32),
+            plgpu.Barrier(num_arrivals=num_copies),
         ],
         interpret=interpret,
     )
@@ -61,55 +68,125 @@ def route(logits, valid, *, num_chosen: int, normalize: bool, interpret=None):
     return expert_ids[:, :num_chosen], weights[:, :num_chosen]
 
 
-def _kernel(num_experts: int, num_chosen: int, room: int, threads: int, normalize: bool):
+def _kernel(num_experts: int, num_chosen: int, room: int, width: int, normalize: bool):
     """The kernel body; see the module's docstring."""
-    layout = plgpu.Layout.WG_STRIDED((threads,), threads // WARPGROUP)
+    layout = by_rows_of(width)
 
-    def each(step, start):
-        return lax.fori_loop(0, num_experts, step, start, unroll=math.gcd(num_experts, UNROLL))
+    def iota(dimension: int):
+        return plgpu.broadcasted_iota(jnp.int32, (WARPS, width), dimension, layout=layout)
 
-    def route_rows(logits, valid, ids_out, weights_out, numbers, weights, places, ids, arrived):
-        # logits [T, E], valid [T]; ids_out, weights_out [T, room]; the others [threads] in shared memory
-        row = lax.axis_index("row")
-        plgpu.copy_gmem_to_smem(logits.at[row], numbers.at[pl.ds(0, num_experts)], arrived)
+    def load_logits(logits, here, arrived):
+        """[4, width], of which the first `num_experts` are true."""
+        if logits.ndim == 2:
+            return plgpu.load(logits, layout=layout, optimized=False)
+        for warp, part in enumerate(_rows(num_experts, width)):
+            plgpu.copy_gmem_to_smem(logits.at[part], here.at[warp, pl.ds(0, part.size)], arrived)
         plgpu.barrier_wait(arrived)
-        me = plgpu.broadcasted_iota(jnp.int32, (threads,), 0, layout=layout)
+        return plgpu.load(here, layout=layout)
 
-        largest = each(lambda j, most: jnp.maximum(most, numbers[j]), jnp.float32(-math.inf))
-        odds = jnp.exp(plgpu.load(numbers, layout=layout) - largest)
-        weights[...] = odds
-        plgpu.commit_smem()
-        odds = odds / each(lambda j, total: total + weights[j], jnp.float32(0))
-        numbers[...] = odds  # all have read the logits
-        plgpu.commit_smem()
+    def route_rows(logits, valid, ids_out, weights_out, odds_here, of_warps, words_here, ids, weights, arrived):
+        # logits [T, E] or [T, 4, width], valid [T]; ids_out, weights_out [T, room]; in shared memory odds_here, ids and
+        # weights [4, width], of_warps [2, 4], words_here [width / 32, 4]
+        row = lax.axis_index("row")
+        is_token, column = valid[row] != 0, iota(1)
+        me = iota(0) * width + column  # as an expert, and as a place among the chosen ones
 
-        def before(j, rank):
-            other = numbers[j]
-            return rank + ((other > odds) | ((other == odds) & (j < me))).astype(jnp.int32)
+        logit = jnp.where(me < num_experts, load_logits(logits.at[row], odds_here, arrived), -math.inf)
+        of_warps[0] = jnp.max(logit, axis=1)
+        largest = functools.reduce(jnp.maximum, [of_warps[0, warp] for warp in range(WARPS)])
+        odds = jnp.exp(logit - largest)
+        of_warps[1] = jnp.sum(odds, axis=1)
+        odds = odds / ((of_warps[1, 0] + of_warps[1, 1]) + (of_warps[1, 2] + of_warps[1, 3]))
+        odds_here[...] = odds
 
-        rank = each(before, me * 0)
-        places[...] = jnp.where(rank < num_chosen, me, UNCHOSEN)
-        plgpu.commit_smem()
-        place = each(lambda j, count: count + ((places[j] != UNCHOSEN) & (j < me)).astype(jnp.int32), me * 0)
-        plgpu.commit_smem()  # all have seen who is chosen
-        places[...] = jnp.where(rank < num_chosen, place, UNCHOSEN)
-        plgpu.commit_smem()
+        def each(step, start):
+            """`start` after a step with (warp, column) of some experts of each warp, and so on."""
+            used = range(-(-num_experts // width))
+            columns = min(num_experts, width)
 
-        def chosen(j, found):
-            expert, weight, total = found
-            place, odds = places[j], numbers[j]
-            total = total + jnp.where(place == UNCHOSEN, 0.0, odds)
-            return jnp.where(place == me, j, expert), jnp.where(place == me, odds, weight), total
+            def some(n, carry):
+                for k in range(COPIED):
+                    carry = step([(warp, COPIED * n + k) for warp in used], carry)
+                return carry
 
-        nobody = jnp.where(me < 0, me, num_experts)
-        expert, weight, total = each(chosen, (nobody, (me * 0).astype(jnp.float32), jnp.float32(0)))
-        is_token = me * 0 < valid[row]
-        ids[...] = jnp.where(is_token, expert, nobody)
+            return lax.fori_loop(0, columns // COPIED, some, start)
+
+        def outweighed(experts, counts):
+            return [
+                count + (odds_here[expert] > odds).astype(jnp.int32)
+                for count, expert in zip(counts, experts, strict=True)
+            ]
+
+        zero = me * 0
+        ranks = sum(each(outweighed, [zero] * -(-num_experts // width)), zero)
+
+        def choose(ranks) -> None:
+            chosen = (ranks < num_chosen) & (me < num_experts)
+            for k in range(width // LANES):
+                bit = jnp.where(chosen & (column // LANES == k), lax.shift_left(zero + 1, column % LANES), 0)
+                words_here[k] = jnp.sum(bit, axis=1)
+
+        def words() -> list:
+            """In the order of the experts."""
+            return [words_here[k, warp] for warp in range(WARPS) for k in range(width // LANES)]
+
+        choose(ranks)
+
+        @pl.when(sum(_ones(word) for word in words()) != num_chosen)
+        def _():
+            def equal(experts, count):
+                for warp, at in experts:
+                    count += ((odds_here[warp, at] == odds) & (warp * width + at < me)).astype(jnp.int32)
+                return count
+
+            choose(each(equal, ranks))
+
+        expert = jnp.minimum(_nth(words(), me), num_experts - 1)
+        ids[...] = jnp.where((me < num_chosen) & (zero < is_token.astype(jnp.int32)), expert, num_experts)
+
+        def found(n, carry):
+            weight, total = carry
+            expert = jnp.minimum(ids[n // width, n % width], num_experts - 1)
+            odds = odds_here[expert // width, expert % width]
+            return jnp.where(me == n, odds, weight), total + odds
+
+        start = zero.astype(jnp.float32), jnp.float32(0)
+        weight, total = lax.fori_loop(0, num_chosen, found, start, unroll=math.gcd(num_chosen, UNROLL))
         weight = jnp.maximum(weight / total if normalize else weight, LEAST_WEIGHT)
-        weights[...] = jnp.where(is_token, weight, 0.0)
+        weights[...] = jnp.where((me < num_chosen) & (zero < is_token.astype(jnp.int32)), weight, 0.0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(ids.at[pl.ds(0, room)], ids_out.at[row])
-        plgpu.copy_smem_to_gmem(weights.at[pl.ds(0, room)], weights_out.at[row])
-        plgpu.wait_smem_to_gmem(0)
+        for warp, part in enumerate(_rows(room, width)):
+            for here, out in ((ids, ids_out), (weights, weights_out)):
+                plgpu.copy_smem_to_gmem(here.at[warp, pl.ds(0, part.size)], out.at[row, part])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return route_rows
+
+
+def _rows(number: int, width: int) -> list:
+    """What each warp has of as many elements, in order."""
+    return [pl.ds(start, min(width, number - start)) for start in range(0, number, width)]
+
+
+def _ones(word):
+    """Bits that are set in an int32."""
+    word = word - (lax.shift_right_logical(word, 1) & 0x55555555)
+    word = (word & 0x33333333) + (lax.shift_right_logical(word, 2) & 0x33333333)
+    word = (word + lax.shift_right_logical(word, 4)) & 0x0F0F0F0F
+    return lax.shift_right_logical(word * 0x01010101, 24)
+
+
+def _nth(words: list, n):
+    """Which bit is the n-th that is set, counted from 0 through all the words; anything if there are no more."""
+    word, at, before = n * 0 + words[0], n * 0, jnp.int32(0)
+    left = n
+    for k in range(1, len(words)):
+        before += _ones(words[k - 1])
+        later = n >= before
+        word, at, left = jnp.where(later, words[k], word), jnp.where(later, 32 * k, at), jnp.where(later, n - before, left)
+    for half in (16, 8, 4, 2, 1):
+        lower = _ones(word & ((1 << half) - 1))
+        later = left >= lower
+        word = jnp.where(later, lax.shift_right_logical(word, half), word)
+        at, left = jnp.where(later, at + half, at), jnp.where(later, left - lower, left)
+    return at
