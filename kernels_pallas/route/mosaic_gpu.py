@@ -72,6 +72,10 @@ def _kernel(num_experts: int, num_chosen: int, room: int, width: int, normalize:
     """The kernel body; see the module's docstring."""
     layout = by_rows_of(width)
 
+    def at(expert) -> tuple:
+        """Its warp and its column."""
+        return lax.shift_right_logical(expert, width.bit_length() - 1), expert & (width - 1)
+
     def iota(dimension: int):
         return plgpu.broadcasted_iota(jnp.int32, (WARPS, width), dimension, layout=layout)
 
@@ -88,7 +92,7 @@ def _kernel(num_experts: int, num_chosen: int, room: int, width: int, normalize:
         # logits [T, E] or [T, 4, width], valid [T]; ids_out, weights_out [T, room]; in shared memory odds_here, ids and
         # weights [4, width], of_warps [2, 4], words_here [width / 32, 4]
         row = lax.axis_index("row")
-        is_token, column = valid[row] != 0, iota(1)
+        is_token, column = valid[row] != 0, iota(1)  # asked for now, for it comes from far away
         me = iota(0) * width + column  # as an expert, and as a place among the chosen ones
 
         logit = jnp.where(me < num_experts, load_logits(logits.at[row], odds_here, arrived), -math.inf)
@@ -112,13 +116,13 @@ def _kernel(num_experts: int, num_chosen: int, room: int, width: int, normalize:
             return lax.fori_loop(0, columns // COPIED, some, start)
 
         def outweighed(experts, counts):
-            return [
-                count + (odds_here[expert] > odds).astype(jnp.int32)
-                for count, expert in zip(counts, experts, strict=True)
-            ]
+            """Of each warp's experts how many outweigh me: in float32, which compares and adds in two instructions."""
+            heavier = [jnp.where(odds_here[expert] > odds, 1.0, 0.0) for expert in experts]
+            return [count + one for count, one in zip(counts, heavier, strict=True)]
 
         zero = me * 0
-        ranks = sum(each(outweighed, [zero] * -(-num_experts // width)), zero)
+        counts = each(outweighed, [zero.astype(jnp.float32)] * -(-num_experts // width))
+        ranks = functools.reduce(jnp.add, counts)
 
         def choose(ranks) -> None:
             chosen = (ranks < num_chosen) & (me < num_experts)
@@ -135,8 +139,8 @@ def _kernel(num_experts: int, num_chosen: int, room: int, width: int, normalize:
         @pl.when(sum(_ones(word) for word in words()) != num_chosen)
         def _():
             def equal(experts, count):
-                for warp, at in experts:
-                    count += ((odds_here[warp, at] == odds) & (warp * width + at < me)).astype(jnp.int32)
+                for warp, n in experts:
+                    count += jnp.where((odds_here[warp, n] == odds) & (warp * width + n < me), 1.0, 0.0)
                 return count
 
             choose(each(equal, ranks))
@@ -146,8 +150,8 @@ def _kernel(num_experts: int, num_chosen: int, room: int, width: int, normalize:
 
         def found(n, carry):
             weight, total = carry
-            expert = jnp.minimum(ids[n // width, n % width], num_experts - 1)
-            odds = odds_here[expert // width, expert % width]
+            expert = jnp.minimum(ids[at(n)], num_experts - 1)
+            odds = odds_here[at(expert)]
             return jnp.where(me == n, odds, weight), total + odds
 
         start = zero.astype(jnp.float32), jnp.float32(0)

@@ -11,13 +11,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.route import api, mosaic_gpu, reference
 from kernels_pallas.route.specs import SPECS, RouteSpec
 
-SMALL = tuple(spec for spec in SPECS if spec.name in ("tied", "steep", "mixtral", "deepseek_v2_lite", "one_of_12"))
+SMALL = (
+    *(spec for spec in SPECS if spec.name in ("tied", "steep", "mixtral", "deepseek_v2_lite", "one_of_12")),
+    RouteSpec(name="many_of_256", num_experts=256, num_chosen=100, num_rows=2, tied=True, masked=True),
+    RouteSpec(name="tied_160", num_experts=160, num_chosen=6, tied=True),
+    RouteSpec(name="all_equal", num_experts=60, num_chosen=33, scale=0.0),
+)
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
 def test_the_kernel_is_the_reference(spec: RouteSpec) -> None:
     options = {"num_chosen": spec.num_chosen, "normalize": spec.normalize}
-    kernel = functools.partial(mosaic_gpu.route, interpret=plgpu.InterpretGPUParams(detect_races=True), **options)
+    interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    kernel = functools.partial(mosaic_gpu.route, interpret=interpret, **options)
     for seed in range(2):
         logits, valid = map(jnp.asarray, spec.make(seed))
         expert_ids, weights = kernel(logits, valid)
