@@ -1,6 +1,7 @@
 """The kernel benchmark runs, and its last line is JSON that other programs can read."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.expert_mlp import reference
-from tools import bench_expert_mlp, bench_fetch, bench_kernels
+from tools import bench_decisions, bench_expert_mlp, bench_fetch, bench_kernels
 
 FAST = ["--scale", "64", "--iterations", "1", "--repeats", "1"]
 
@@ -100,6 +101,33 @@ def test_projections_have_rows_with_the_bytes_of_their_matrix(capsys: pytest.Cap
     for row, spec in ((qkv, "two_rows_qkv"), (o, "qwen3_30b_o")):
         assert (row["op"], row["spec"], row["implementation"]) == ("norm_linear", spec, "reference")
         assert 0 <= row["error"] < 2e-2
+
+
+def test_decisions_have_rows_with_all_that_they_read_and_write(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main([*FAST, "--ops", "route", "admit", "--specs", "deepseek_v2_lite", "all_resident"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["op"], row["spec"]) for row in rows] == [
+        ("route", "deepseek_v2_lite"), ("admit", "deepseek_v2_lite"), ("admit", "all_resident")
+    ]  # fmt: skip
+    chosen, groups = 6, 6
+    admitted = 2 * chosen + 3 * 64 + 27 + 4 * groups + 64 + 27 + 2 * groups + 2
+    resident = 2 * 8 + 2 * 128 + 128 + 4 * 8 + 128 + 128 + 2
+    for row, num_bytes in zip(rows, (4 * (64 + 2 * chosen) + 1, 4 * admitted, 4 * resident), strict=True):
+        assert row["gbps"] * row["us"] == pytest.approx(num_bytes / 1e3)
+        assert row["error"] == 0
+
+
+def test_a_wrong_choice_is_seen() -> None:
+    case = bench_decisions.RouteCase(bench_kernels.SPECS["route"]["mixtral"], 1, 1, lambda run, arguments: 0.0)
+    right = functools.partial(bench_decisions.routing.route, num_chosen=2, normalize=True)
+
+    def wrong(logits, valid, ids: int, weights: float):
+        expert_ids, found = right(logits, valid)
+        return expert_ids + ids, found * weights
+
+    assert case.error(right, right) == 0
+    assert case.error(functools.partial(wrong, ids=1, weights=1.0), right) == math.inf
+    assert case.error(functools.partial(wrong, ids=0, weights=1.5), right) == pytest.approx(0.5)
 
 
 def test_an_unknown_spec_is_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,11 @@
 expert_mlp is bound by reading the weights of the groups asked for: the bound is their bytes at the bandwidth of a pass
 over a gigabyte of device memory (read and written), and for a prefill also by arithmetic: a plain matrix product of
 as much of it, if that takes longer; both say their TFLOP/s. decode_attention likewise by the keys and values that it
-sees, norm_linear by its matrix. fetch is bound by the link: plain copies from pinned host memory. All weights are
-random, and each call reads other slots, or another KV cache or matrix, than the one before, so that no cache of the GPU
-can serve them. A time is that of one call among many in one program, each needing the result of the one before, less
-the loop around them. A spec that fails is named, and the others go on.
+sees, norm_linear by its matrix. route and admit read and write next to nothing: what their time is made of is latency.
+fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call reads other
+slots, or another KV cache or matrix, than the one before, so that no cache of the GPU can serve them. A time is that of
+one call among many in one program, each needing the result of the one before, less the loop around them. A spec that
+fails is named, and the others go on.
 """
 
 import argparse
@@ -23,11 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from jmoe import memory
+from kernels_pallas.admit import specs as admit_specs
 from kernels_pallas.decode_attention import specs as decode_attention_specs
 from kernels_pallas.expert_mlp import specs as expert_mlp_specs
 from kernels_pallas.fetch import specs as fetch_specs
 from kernels_pallas.norm_linear import specs as norm_linear_specs
-from tools import bench_attention, bench_expert_mlp, bench_fetch, bench_norm_linear
+from kernels_pallas.route import specs as route_specs
+from tools import bench_attention, bench_decisions, bench_expert_mlp, bench_fetch, bench_norm_linear
 from tools.command import exit_code
 
 CALLS = 16  # in the body of the timed loop: its own overhead is shared by as many
@@ -46,12 +49,17 @@ DEFAULTS = {
     ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
     "norm_linear": ["qwen3_30b_qkv", "summed_qkv", "qwen3_30b_o", "qwen3_30b_router", "four_rows_qkv"],
+    "route": ["qwen3_30b", "b32", "deepseek_v2_lite"],
+    "admit": ["qwen3_30b", "all_resident", "b8"],
     "fetch": ["qwen3_30b", "single", "full"],
 }
+UNSCALED = ("route", "admit")  # have no experts that could be narrow
 SPECS = {
     "expert_mlp": {spec.name: spec for spec in expert_mlp_specs.SPECS},
     "decode_attention": {spec.name: spec for spec in decode_attention_specs.SPECS},
     "norm_linear": {spec.name: spec for spec in norm_linear_specs.SPECS},
+    "route": {spec.name: spec for spec in route_specs.SPECS},
+    "admit": {spec.name: spec for spec in admit_specs.SPECS},
     "fetch": {spec.name: spec for spec in fetch_specs.SPECS},
 }
 
@@ -121,13 +129,15 @@ def _run(options: argparse.Namespace) -> None:
         ("expert_mlp", memory_gbps, _bench_expert_mlp),
         ("decode_attention", memory_gbps, _bench_decode_attention),
         ("norm_linear", memory_gbps, _bench_norm_linear),
+        ("route", memory_gbps, functools.partial(_bench_decision, "route")),
+        ("admit", memory_gbps, functools.partial(_bench_decision, "admit")),
         ("fetch", link_gbps, _bench_fetch),
     ):
         if chosen.get(op):
             gbps = bandwidth()
             print(f"{op}: bound by {gbps:.1f} GB/s\n{_line(None)}", flush=True)
             for spec in chosen[op]:
-                spec = spec.scaled(options.scale) if options.scale > 1 else spec
+                spec = spec.scaled(options.scale) if options.scale > 1 and op not in UNSCALED else spec
                 try:
                     for row in bench(spec, gbps, options):
                         print(_line(row), flush=True)
@@ -214,6 +224,14 @@ def _bench_norm_linear(
 ) -> Iterator[Row]:
     for name, us, error in bench_norm_linear.measure(spec, options.iterations * CALLS, _seconds(options)):
         yield Row.of("norm_linear", spec.name, name, us, spec.kernel_bytes, gbps, error)
+
+
+def _bench_decision(
+    op: str, spec: route_specs.RouteSpec | admit_specs.AdmitSpec, gbps: float, options: argparse.Namespace
+) -> Iterator[Row]:
+    calls = options.iterations * CALLS, CALLS
+    for name, us, error, num_bytes in bench_decisions.measure(spec, *calls, _seconds(options)):
+        yield Row.of(op, spec.name, name, us, num_bytes, gbps, error)
 
 
 def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Namespace) -> Iterator[Row]:

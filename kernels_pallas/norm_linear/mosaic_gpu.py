@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
+from kernels_pallas.norm_linear import row_norm
 from kernels_pallas.row_dots import (
     COLUMNS,
     DTYPES,
@@ -29,10 +30,7 @@ from kernels_pallas.row_dots import (
     SHARED_BYTES,
     add_products,
     by_rows,
-    every_warps,
     lane_zeros,
-    strided_vector,
-    unroll,
 )
 
 # What experts give to more rows than these is a slice, and as an operand it would keep the kernel out of XLA's command
@@ -256,8 +254,8 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
 
         def prepare(row, loaded: list, scales) -> None:
             """What is multiplied with the weights, in shared memory; one block returns it as well."""
-            value = _sum(shape, loaded)
-            normed = value if scales is None else _normed(shape, eps, value, scales, x_here.at[row], sums_here.at[mine])
+            value = row_norm.added(loaded)
+            normed = value if eps is None else row_norm.normed(value, scales, eps, x_here.at[row], sums_here.at[mine])
             x_here[row] = normed
 
             @pl.when(block == num_blocks - 1 - lax.rem(row, num_blocks))  # the last blocks have the fewest items
@@ -266,13 +264,13 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
                     ref[row] = each
 
         turns = range(-(-shape.num_rows // num_warpgroups))
-        mine_of = [mine + n * num_warpgroups for n in turns]  # rows; beyond the last one, that is loaded for nothing
-        layout = _layout(shape)
+        mine_of = [mine + n * num_warpgroups for n in turns]  # rows; beyond the last one, it is loaded for nothing
+        layout = row_norm.layout(shape.width, shape.dtype.itemsize)
         here = [
             [plgpu.load(part.at[lax.min(row, shape.num_rows - 1)], layout=layout, optimized=False) for part in parts]
             for row in mine_of
         ]
-        scales = None if eps is None else plgpu.load(scale, layout=layout, optimized=False)
+        scales = None if scale is None else plgpu.load(scale, layout=layout, optimized=False)
 
         @pl.loop(0, lax.min(num_stages, num_mine * per_item))
         def _(stage):
@@ -285,45 +283,3 @@ def _kernel(shape: Shape, eps: float | None, *, adds: bool, sums: bool):
         lax.fori_loop(0, num_mine, turn, 0)
 
     return project
-
-
-def _layout(shape: Shape):
-    """Of a row [n, 256] that a warpgroup shares: each warp has whole columns of 256, if there are enough for all."""
-    if shape.num_columns % ITEM_ROWS == 0:
-        return by_rows(shape.dtype.itemsize)
-    return plgpu.Layout.WG_STRIDED((shape.num_columns, COLUMNS), strided_vector(shape.dtype.itemsize, shape.width))
-
-
-def _sum(shape: Shape, parts: list):
-    """Of one part or two, rounded as the reference does."""
-    first, *other = (part.astype(jnp.float32) for part in parts)
-    return (first + other[0]).astype(shape.dtype) if other else parts[0]
-
-
-def _normed(shape: Shape, eps: float | None, value, scales, here, sums):
-    """A row normed, and rounded where the reference rounds. `here` and `sums` are its shared memory."""
-    wide = value.astype(jnp.float32)
-    if shape.num_columns % ITEM_ROWS == 0:
-        squares = [wide[n : n + ITEM_ROWS] * wide[n : n + ITEM_ROWS] for n in range(0, shape.num_columns, ITEM_ROWS)]
-        sums[...] = jnp.sum(functools.reduce(jnp.add, squares), axis=1)
-        total = (sums[0] + sums[1]) + (sums[2] + sums[3])
-    else:
-        here[...] = value
-        sums[...] = _whole_sum(shape, here)
-        total = sums[0]
-    rounded = (wide * lax.rsqrt(total / shape.width + eps)).astype(shape.dtype)
-    return (rounded.astype(jnp.float32) * scales.astype(jnp.float32)).astype(shape.dtype)
-
-
-def _whole_sum(shape: Shape, row):
-    """Of the squares of a row in shared memory: every warp adds up all of it for itself."""
-    layout, at_once = by_rows(shape.dtype.itemsize), unroll(1, shape.num_columns)
-
-    def add_some(n, total):
-        for column in range(at_once):
-            x = every_warps(plgpu.load(row.at[n * at_once + column], layout=layout.reduce(0)), layout)
-            total = total + x * x
-        return total
-
-    zeros = lane_zeros(1, shape.dtype.itemsize)[0]
-    return jnp.sum(lax.fori_loop(0, shape.num_columns // at_once, add_some, zeros), axis=1)

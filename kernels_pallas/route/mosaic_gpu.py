@@ -187,7 +187,11 @@ def _nth(words: list, n):
     for k in range(1, len(words)):
         before += _ones(words[k - 1])
         later = n >= before
-        word, at, left = jnp.where(later, words[k], word), jnp.where(later, 32 * k, at), jnp.where(later, n - before, left)
+        word, at, left = (
+            jnp.where(later, words[k], word),
+            jnp.where(later, 32 * k, at),
+            jnp.where(later, n - before, left),
+        )
     for half in (16, 8, 4, 2, 1):
         lower = _ones(word & ((1 << half) - 1))
         later = left >= lower
