@@ -200,9 +200,10 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         )
     if options.draft_experts is not None and made.draft == "off":
         raise ValueError("--draft-experts says what drafts, and nothing does; add --draft auto, or a number")
-    if options.prefetch_experts is not None and made.prefetch != "lookahead":
+    if options.prefetch_experts is not None and made.prefetch in ("off", "auto"):
         raise ValueError(
-            f"--prefetch-experts is what --prefetch lookahead brings, and --prefetch is {made.prefetch}; leave it out"
+            "--prefetch-experts is what --prefetch lookahead, activation or both brings, and --prefetch is "
+            f"{made.prefetch}; leave it out"
         )
     return made
 

@@ -16,7 +16,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
 DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "frozen", "random", "resident"]  # see `jmoe.experts.draft`
 Missing = Literal["reroute", "substitute", "drop"]
-Prefetching = Literal["off", "lookahead", "auto"]
+Prefetching = Literal["off", "lookahead", "activation", "both", "auto"]
 MOST_PREFETCHED = 4  # experts of a layer
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
@@ -199,8 +199,10 @@ class RuntimeConfig:
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
     `draft_policy`; None is all that have a slot. `draft_missing` says what becomes of the choice of others.
 
-    `prefetch` "lookahead" brings `prefetch_experts` of each layer (0.5: half an expert) while its attention runs, those
-    that it will most probably miss (docs/prefetch.md); "auto" measures what amount is fastest, of none to one expert.
+    `prefetch` brings `prefetch_experts` of each layer (0.5: half an expert) while its attention runs, those that it
+    will most probably miss (docs/prefetch.md). "lookahead" guesses in the layer before, "activation" from past
+    requests, "both" in the layer before, and from past requests for the first; "auto" looks ahead and measures what
+    amount is fastest, of none to one expert.
 
     `execute_guess` CHANGES WHAT THE MODEL SAYS: layers whose calibrated recall is this or more decode with guessed
     experts, and not with those that their routers choose (docs/prefetch.md). 0 is every layer but the first.
@@ -297,13 +299,28 @@ class RuntimeConfig:
             f"execute_guess={gate!r} does not go with draft={self.draft!r}: a verification promises the tokens of the "
             'true routers, and guesses change them; choose draft="off", or leave execute_guess out',
         )
+        _require(
+            self.prefetch != "activation",
+            f"execute_guess={gate!r} does not go with prefetch='activation': what is computed was guessed by looking "
+            'ahead, so that is known to come; choose prefetch="both" or "lookahead", or leave execute_guess out',
+        )
 
     @property
     def most_prefetched(self) -> int:
         """The most experts of a layer that a prefetch brings, whole or not; 0 without one."""
         if self.prefetch == "auto":
             return 1
-        return math.ceil(self.prefetch_experts) if self.prefetch == "lookahead" else 0
+        return 0 if self.prefetch == "off" else math.ceil(self.prefetch_experts)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a prefetch goes by what the layer before guesses."""
+        return self.prefetch in ("lookahead", "both", "auto")
+
+    @property
+    def recalls_requests(self) -> bool:
+        """Whether a prefetch goes by what past requests used."""
+        return self.prefetch in ("activation", "both")
 
     @property
     def most_draft_tokens(self) -> int:

@@ -50,7 +50,7 @@ class Engine:
 
     One generation runs at a time. `config` is the model, `plan` says where bytes went, `link_ceiling_gbps` is the
     measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
-    unknown), `experience_file` keeps what the residency policy learns (None: nothing keeps it), the first of
+    unknown), `experience_dir` has a file of what each policy learns (None: nothing keeps it), the first of
     `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts,
     and `prefetching` unless it asks for a prefetch and some expert is not resident. `programs` runs the steps.
     `calibration` is what `predictor` guesses with, unless another is given; without one it is the next layer's router
@@ -70,7 +70,7 @@ class Engine:
         generation_defaults: dict[str, Any] | None = None,
         link_ceiling_gbps: float | None = None,
         fingerprint: str = "",
-        experience_file: Path | None = None,
+        experience_dir: Path | None = None,
         affinity_files: Sequence[Path] = (),
         calibration: Calibration | None = None,
         predictor: Foresight | None = None,
@@ -86,12 +86,13 @@ class Engine:
         self.announce = announce or (lambda line: None)
         self.programs = programs or Programs()
         self.compiled: set[Hashable] = set()  # the shapes of generation that were compiled
-        kept_in = None if plan.layout.all_resident else experience_file
-        self._experience = Experience(kept_in, steps.policy, fingerprint, self.announce)
         self.drafting = self._drafting(speculative, affinity_files)
         self.calibration, self.executed = calibration, self._executed(calibration)
         self.prefetching = prefetching(config, runtime, plan)
         self.predictor = self._predictor(predictor) if self.prefetching else None
+        self._watched = {"activation"} if self.prefetching and runtime.recalls_requests else set()
+        kept_in = None if plan.layout.all_resident else experience_dir
+        self._experience = Experience(kept_in, {steps.policy, *self._watched}, fingerprint, self.announce)
         self._slots: ExpertSlots | None = self._fill_slots()
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:
@@ -112,7 +113,9 @@ class Engine:
         return executed_guess(self.config, self.weights.params, gate, calibration, implementation=implementation)
 
     def _predictor(self, given: Foresight | None) -> Foresight:
-        return self.executed or given or predictor_of(self.config, self.weights.params, self.calibration)
+        if given and not self.executed:
+            return given
+        return predictor_of(self.config, self.runtime, self.weights.params, self.calibration, self.executed)
 
     @classmethod
     def start(
@@ -130,7 +133,9 @@ class Engine:
         """
         say = announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
-        plan = plan_for(config, runtime, trunk_bytes=trunk_bytes)
+        calibration: Calibration | None = details.get("calibration")
+        calibration_bytes = calibration.device_bytes(config) if calibration else 0
+        plan = plan_for(config, runtime, trunk_bytes=trunk_bytes, calibration_bytes=calibration_bytes)
         for line in ["memory plan:", *plan.lines(), device_line(config, runtime, plan)]:
             say(line)
         ceiling = memory.measure_link_gbps() if runtime.measure_link else None
@@ -146,7 +151,7 @@ class Engine:
         if runtime.prefetch != "off":
             say(prefetching_line(config, runtime, plan))
         if runtime.execute_guess is not None:
-            say(executing_line(config, runtime.execute_guess, details.get("calibration")))
+            say(executing_line(config, runtime.execute_guess, calibration))
         weights, details = make_weights(), {"speculative": speculative, "announce": announce, **details}
         return cls(config, runtime, plan, steps, weights, link_ceiling_gbps=ceiling, **details)
 
@@ -285,17 +290,16 @@ class Engine:
 
     def _fill_slots(self) -> ExpertSlots:
         store, steps = self.weights.store, self.steps
-        return self._experience.restore(
-            init_slots(store, self.plan.layout, implementation=steps.implementation, policy=steps.policy)
-        )
+        how = {"implementation": steps.implementation, "policy": steps.policy, "watched": self._watched}
+        return self._experience.restore(init_slots(store, self.plan.layout, **how))
 
 
-def plan_for(config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int) -> memory.MemoryPlan:
+def plan_for(
+    config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int, calibration_bytes: int = 0
+) -> memory.MemoryPlan:
     """The memory plan on this machine, as it is now."""
     host_limit, pinned_limit = memory.host_available_bytes(), memory.pinned_limit_bytes()
     if pinned_limit is not None:
         host_limit = min(host_limit, pinned_limit)
-    device_limit = memory.device_available_bytes()
-    return memory.plan_memory(
-        config, runtime, trunk_bytes=trunk_bytes, device_limit_bytes=device_limit, host_limit_bytes=host_limit
-    )
+    limits = {"device_limit_bytes": memory.device_available_bytes(), "host_limit_bytes": host_limit}
+    return memory.plan_memory(config, runtime, trunk_bytes=trunk_bytes, calibration_bytes=calibration_bytes, **limits)

@@ -10,7 +10,6 @@ from jmoe import checkpoint, memory, sources
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.engine import Announce, Engine, Progress, Weights
 from jmoe.experts import affinity
-from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.prefetch_file import Calibration, file_beside, read_calibration
 from jmoe.experts.store import ExpertStore
 from jmoe.hf_files import read_json
@@ -58,7 +57,7 @@ def load(
         lambda: load_weights(path, config, progress, delta),
         announce=announce,
         fingerprint=fingerprint,
-        experience_file=_experience_file(fingerprint, runtime),
+        experience_dir=sources.cache_dir() / "residency",
         affinity_files=_affinity_files(None if delta else path, fingerprint),
         calibration=calibration,
         programs=kept_programs(announce),
@@ -74,11 +73,6 @@ def kept_programs(announce: Announce | None = None) -> Programs:
     return Programs(sources.cache_dir() / "programs", announce or (lambda line: None))
 
 
-def _experience_file(fingerprint: str, runtime: RuntimeConfig) -> Path:
-    policy = runtime.residency_policy or DEFAULT_POLICY
-    return sources.cache_dir() / "residency" / f"{fingerprint[:16]}-{policy}.npz"
-
-
 def _affinity_files(path: Path | None, fingerprint: str) -> tuple[Path, ...]:
     """In the cache, and before that beside the checkpoint, unless (None) it runs with routers that are not its own."""
     beside = () if path is None else (path / affinity.FILE,)
@@ -88,7 +82,7 @@ def _affinity_files(path: Path | None, fingerprint: str) -> tuple[Path, ...]:
 def _calibration(
     path: Path, config: ModelConfig, runtime: RuntimeConfig, announce: Announce | None
 ) -> Calibration | None:
-    if runtime.prefetch != "off":
+    if runtime.looks_ahead:
         return load_calibration(path, config, announce)
     return None if runtime.execute_guess is None else load_calibration(path, config)
 

@@ -13,6 +13,8 @@ from jax._src import xla_bridge
 from jax.sharding import SingleDeviceSharding
 
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
+from jmoe.experts.experience import num_bytes
+from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import SlotLayout
 from jmoe.model.attention import query_block
 from jmoe.model.kv_cache import kv_bytes
@@ -131,6 +133,7 @@ class MemoryPlan:
     kv_bytes: int
     workspace_bytes: int
     prefetch_bytes: int
+    predictor_bytes: int
     store_bytes: int
     pinned_bytes: int
     device_limit_bytes: int
@@ -139,7 +142,8 @@ class MemoryPlan:
     @property
     def device_bytes(self) -> int:
         temporary = self.workspace_bytes + self.prefetch_bytes
-        return self.trunk_bytes + self.slots_bytes + self.staging_bytes + self.kv_bytes + temporary
+        slots = self.slots_bytes + self.staging_bytes
+        return self.trunk_bytes + self.predictor_bytes + slots + self.kv_bytes + temporary
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -156,6 +160,7 @@ class MemoryPlan:
             ("KV cache", self.kv_bytes, f"{self.batch_size} x {self.max_seq_len} positions"),
             ("workspace", self.workspace_bytes, f"prefill {self.prefill_chunk} tokens at a time"),
             *([("prefetch", self.prefetch_bytes, "")] if self.prefetch_bytes else []),
+            *([("predictor", self.predictor_bytes, "")] if self.predictor_bytes else []),
             ("device", self.device_bytes, f"of {format_bytes(self.device_limit_bytes)}"),
             (
                 "host (pinned)",
@@ -208,9 +213,11 @@ def plan_memory(
     trunk_bytes: int,
     device_limit_bytes: int | None,
     host_limit_bytes: int,
+    calibration_bytes: int = 0,
 ) -> MemoryPlan:
     """Shares out memory; integers only, nothing is allocated.
 
+    `calibration_bytes` are those on the device of what guesses are calibrated with, if anything guesses.
     `device_limit_bytes` None means that the device shares the host's memory. Raises ValueError, with the numbers and
     what to change, for a plan that cannot fit on the device or on the host.
     """
@@ -231,9 +238,12 @@ def plan_memory(
         "KV cache": kv_bytes(config, runtime.batch_size, max_seq_len),
         "workspace": workspace_bytes(config, runtime.batch_size, max_seq_len, prefill_chunk, runtime.most_draft_tokens),
     }
+    if runtime.execute_guess is not None:
+        fixed["predictor"] = calibration_bytes
     slots = _slots_per_layer(config, runtime, device_limit, fixed)
     if runtime.most_prefetched and slots < config.num_experts:
         fixed["prefetch"] = 2 * runtime.most_prefetched * config.expert_bytes  # of this layer, and of the one before
+        fixed["predictor"] = (calibration_bytes if runtime.looks_ahead else 0) + _watched_bytes(config, runtime)
         slots = _slots_per_layer(config, runtime, device_limit, fixed)
     layout = SlotLayout(
         num_layers=len(config.moe_layers), num_experts=config.num_experts, slots_per_layer=slots, num_staging=staging
@@ -249,6 +259,7 @@ def plan_memory(
         kv_bytes=fixed["KV cache"],
         workspace_bytes=fixed["workspace"],
         prefetch_bytes=fixed.get("prefetch", 0),
+        predictor_bytes=fixed.get("predictor", 0),
         store_bytes=config.store_bytes,
         pinned_bytes=pinned,
         device_limit_bytes=device_limit,
@@ -265,6 +276,13 @@ def _prefill_chunk(config: ModelConfig, runtime: RuntimeConfig, max_seq_len: int
             break
         size *= 2
     return size
+
+
+def _watched_bytes(config: ModelConfig, runtime: RuntimeConfig) -> int:
+    """Of what is remembered of past requests for a prefetch alone, and not for the residency."""
+    if not runtime.recalls_requests or (runtime.residency_policy or DEFAULT_POLICY) == "activation":
+        return 0
+    return num_bytes("activation", len(config.moe_layers), config.num_experts)
 
 
 def _require_host(config: ModelConfig, pinned: int, limit: int) -> None:

@@ -9,9 +9,18 @@ from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.contest import Choice, Contest
 from jmoe.decoding.prefetch_choice import AMOUNTS, prefetch_chooser
 from jmoe.experts import look_ahead
-from jmoe.experts.prefetch import Predictor, make_predictor
+from jmoe.experts.execute_guess import ExecutedGuess
+from jmoe.experts.look_ahead import Foresight
+from jmoe.experts.prefetch import PastRequests, make_predictor
 from jmoe.experts.prefetch_file import Calibration
 from jmoe.stats import DecodeCalls
+
+_GUESSES = {
+    "lookahead": "",
+    "auto": "",
+    "activation": ", guessed from past requests",
+    "both": ", guessed in the layer before and, for the first, from past requests",
+}
 
 
 class Prefetching:
@@ -24,7 +33,7 @@ class Prefetching:
         self.num_experts = runtime.most_prefetched
         self.rows_of_expert = 3 * config.moe_intermediate_size
         rows = max(1, round(runtime.prefetch_experts * self.rows_of_expert))
-        self._fixed = Choice(rows) if runtime.prefetch == "lookahead" else None
+        self._fixed = Choice(rows) if runtime.prefetch != "auto" else None
         self._chooser = prefetch_chooser(self.rows_of_expert)
 
     @property
@@ -61,9 +70,21 @@ def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: memory.Memory
     return None if runtime.prefetch == "off" or needless else Prefetching(config, runtime)
 
 
-def predictor_of(config: ModelConfig, params: Mapping[str, Array], calibration: Calibration | None) -> Predictor:
-    """As calibrated; else the next layer's router, as it is."""
-    return make_predictor(config, params) if calibration is None else calibration.predictor(config, params)
+def predictor_of(
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    params: Mapping[str, Array],
+    calibration: Calibration | None,
+    executed: ExecutedGuess | None = None,
+) -> Foresight:
+    """Whose guesses `runtime` prefetches by.
+
+    What looks ahead is what is executed, if anything is, else it guesses as calibrated, else by the next router.
+    """
+    if not runtime.looks_ahead:
+        return PastRequests()
+    ahead = executed or (calibration.predictor(config, params) if calibration else make_predictor(config, params))
+    return PastRequests(ahead) if runtime.recalls_requests else ahead
 
 
 def pays(config: ModelConfig, plan: memory.MemoryPlan, num_sequences: int) -> bool:
@@ -76,10 +97,12 @@ def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.M
     layout, made = plan.layout, prefetching(config, runtime, plan)
     if made is None:
         return "prefetch: none is needed, every expert is resident, or there is one layer of them"
-    size = memory.format_bytes((layout.num_layers - 1) * made.most_rows * config.expert_bytes // made.rows_of_expert)
+    num_layers = layout.num_layers - (not runtime.recalls_requests)
+    size = memory.format_bytes(num_layers * made.most_rows * config.expert_bytes // made.rows_of_expert)
     amounts = f"0, {', '.join(f'{amount:g}' for amount in AMOUNTS)}" if made.learns else f"{runtime.prefetch_experts:g}"
     how = ", whichever is fastest" if made.learns else ""
-    line = f"prefetch of {amounts} experts a layer{how}, at most {size} a step, while attention runs"
+    guesses = _GUESSES[runtime.prefetch]
+    line = f"prefetch of {amounts} experts a layer{how}{guesses}, at most {size} a step, while attention runs"
     if pays(config, plan, plan.batch_size):
         return line
     most = min(plan.batch_size * config.num_experts_per_tok, layout.num_experts)

@@ -94,6 +94,8 @@ def test_draft_options_that_mean_nothing_are_refused(argv: list[str], message: s
         (["--prefetch", "lookahead"], {"prefetch": "lookahead", "prefetch_experts": 0.5, "most_prefetched": 1}),
         (["--prefetch", "auto"], {"prefetch": "auto", "most_prefetched": 1}),
         (["--prefetch", "lookahead", "--prefetch-experts", "1.5"], {"prefetch_experts": 1.5, "most_prefetched": 2}),
+        (["--prefetch", "activation", "--prefetch-experts", "1.5"], {"prefetch": "activation", "most_prefetched": 2}),
+        (["--prefetch", "both"], {"prefetch": "both", "prefetch_experts": 0.5, "most_prefetched": 1}),
     ],
 )
 def test_prefetching(argv: list[str], expected: dict) -> None:
@@ -104,7 +106,7 @@ def test_prefetching(argv: list[str], expected: dict) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prefetch-experts", "1"], "--prefetch-experts is what --prefetch lookahead brings, and --prefetch is off"),
+        (["--prefetch-experts", "1"], "lookahead, activation or both brings, and --prefetch is off"),
         (["--prefetch", "auto", "--prefetch-experts", "1"], "and --prefetch is auto; leave it out"),
         (
             ["--prefetch", "lookahead", "--prefetch-experts", "0"],
@@ -113,6 +115,11 @@ def test_prefetching(argv: list[str], expected: dict) -> None:
         (["--prefetch", "lookahead", "--prefetch-experts", "5"], "prefetch_experts=5.0 must be"),
         (["--prefetch", "lookahead", "--prefetch-experts", "nan"], "prefetch_experts=nan must be"),
         (["--prefetch", "lookahead", "--draft", "2"], "prefetch='lookahead' does not go with draft=2"),
+        (["--prefetch", "both", "--draft", "2"], "prefetch='both' does not go with draft=2"),
+        (
+            ["--prefetch", "activation", "--execute-guess", "0.8"],
+            "execute_guess=0.8 does not go with prefetch='activation'",
+        ),
     ],
 )
 def test_prefetch_options_that_mean_nothing_are_refused(argv: list[str], message: str) -> None:
@@ -125,7 +132,7 @@ def test_prefetching_in_a_runtime_file(tmp_path: Path) -> None:
     file.write_text('prefetch = "lookahead"\nprefetch_experts = 1\n', encoding="utf-8")
     assert RuntimeConfig.from_toml(file) == RuntimeConfig(prefetch="lookahead", prefetch_experts=1)
     file.write_text('prefetch = "on"\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="prefetch='on' is not one of off, lookahead, auto"):
+    with pytest.raises(ValueError, match="prefetch='on' is not one of off, lookahead, activation, both, auto"):
         RuntimeConfig.from_toml(file)
 
 

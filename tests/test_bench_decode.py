@@ -162,8 +162,15 @@ def test_an_oracle_is_always_right(bench) -> None:
     assert 0 < half["early_mb"] < most["early_mb"] < plain["mb_per_token"]
 
 
+@pytest.mark.parametrize("kind", ["activation", "both"])
+def test_guesses_from_past_requests(bench, kind: str) -> None:
+    [row] = json.loads(bench("--shares", "0.25", "--no-reference", "--prefetch", kind)[-1])["rows"]
+    assert row["prefetch"] == 0.5
+    assert row["early_mb"] + row["wasted_mb"] > 0
+
+
 def test_an_amount_without_a_prefetch_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         bench_decode.main(["--config", str(TINY), "--prefetch-experts", "1"])
     assert stop.value.code == 2
-    assert "is what --prefetch lookahead brings, or oracle; add one of them" in capsys.readouterr().err
+    assert "is what --prefetch lookahead, activation, both or oracle brings; add one of them" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from jmoe.executing import executed_guess, executing_line, guessed_layers
 from jmoe.experts.execute_guess import ExecutedGuess, GuessedRouting
 from jmoe.experts.prefetch import Methods, everywhere, predict, predicted_logits
 from jmoe.experts.prefetch_file import Calibration
+from jmoe.experts.residency import init_residency
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation
 from jmoe.memory import host_sharding
@@ -115,6 +116,18 @@ def test_what_is_guessed_is_fetched_and_nothing_else(num_sequences: int, expert_
         assert came.useful_bytes == fetched[1:].sum() * CONFIG.expert_bytes
 
 
+def test_guesses_are_executed_where_the_first_layer_is_guessed_from_past_requests() -> None:
+    """And are still known to come: at most the first layer's are wasted."""
+    ahead = {"prefetch": "both", "prefetch_experts": 4.0, "expert_slots": A, "execute_guess": 0.0}
+    early, plain = ran(**ahead), ran(expert_slots=A, execute_guess=0.0)
+    assert tokens(early) == tokens(plain)
+    assert early.stats.decode == plain.stats.decode
+    by_looking = ran(**{**ahead, "prefetch": "lookahead"}).stats.prefetch
+    assert early.stats.prefetch is not None
+    assert by_looking is not None
+    assert early.stats.prefetch.useful_bytes > by_looking.useful_bytes
+
+
 def test_what_is_recorded_is_what_was_computed() -> None:
     """Prompts are computed as they should be."""
     plain, guessed = (ran(**options).trace for options in ({}, {"execute_guess": 0.0}))
@@ -162,7 +175,7 @@ def test_guessed_layers_get_the_guess_and_the_others_their_router(layers: tuple[
     logits = jnp.asarray(3 * rng.normal(size=(num_layers, 4, E)), jnp.float32)
     true = [Routing(*route(each, valid, num_chosen=A, normalize=normalize), each) for each in logits]
     experts, computed = GuessedRouting(Listening(), guess), true[0]
-    carry = experts.start(())
+    carry, residency = experts.start(()), init_residency(num_layers, E, A)
     for n in range(num_layers):
         carry = experts.look_ahead(n, residuals[n], true[n], carry)
         _, carry = experts(n, residuals[n], true[n], carry)
@@ -171,7 +184,7 @@ def test_guessed_layers_get_the_guess_and_the_others_their_router(layers: tuple[
         np.testing.assert_array_equal(got.expert_ids, computed.expert_ids)
         np.testing.assert_allclose(got.combine_weights, computed.combine_weights, atol=1e-6)
         if n + 1 < num_layers:
-            odds = guess.odds(n, residuals[n], computed, jnp.zeros((), jnp.int32))
+            odds = guess.odds(n, residuals[n], computed, residency)
             if n + 1 in layers:
                 computed = by_hand(np.asarray(predicted_logits(predictor, n, residuals[n], computed)), normalize)
                 assert set(np.flatnonzero(odds)) == set(np.asarray(computed.expert_ids).ravel()) - {E}

@@ -12,11 +12,11 @@ import jmoe
 from jmoe import checkpoint, convert, memory, synthetic
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.contest import Choice
-from jmoe.decoding.sampling import SamplingParams, batch_sampling
+from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.engine import Engine, Weights
 from jmoe.experts.layer import OffloadedExperts, ResidentExperts
 from jmoe.experts.look_ahead import Prefetch, count, guess, pays
-from jmoe.experts.prefetch import everywhere, make_predictor, predict, predicted_logits
+from jmoe.experts.prefetch import PastRequests, everywhere, make_predictor, predict, predicted_logits
 from jmoe.experts.prefetch_file import Calibration, file_beside
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
@@ -34,6 +34,7 @@ E, A, ROWS = SMALL.num_experts, SMALL.num_experts_per_tok, 3 * SMALL.moe_interme
 NUM_LAYERS, ROW_BYTES = len(SMALL.moe_layers), SMALL.expert_bytes // ROWS
 PROMPTS = models.prompts(9, 4, 13)
 PREDICTOR = make_predictor(SMALL, models.weights().params)
+PREDICTORS = {"lookahead": PREDICTOR, "activation": PastRequests(), "both": PastRequests(PREDICTOR)}
 AMOUNTS = (0.02, 0.5, 1.0, 1.7)  # a row, half an expert, one, one and most of a second
 ALONE = [SamplingParams(max_new_tokens=24, temperature=2.0)]
 TOGETHER = [*ALONE, SamplingParams(max_new_tokens=9), SamplingParams(max_new_tokens=17, temperature=0.8, seed=2)]
@@ -66,14 +67,21 @@ def came(generation: Generation) -> PrefetchStats:
 
 
 @pytest.mark.parametrize(
-    ("num_sequences", "expert_slots", "amount"),
-    [*((1, A, amount) for amount in AMOUNTS), (3, 3 * A, 0.5), (3, 3 * A, 1.7)],
+    ("kind", "num_sequences", "amount", "policy"),
+    [
+        *(("lookahead", 1, amount, None) for amount in AMOUNTS),
+        *((kind, 1, 0.5, policy) for kind in ("activation", "both") for policy in (None, "activation")),
+        *(("lookahead", 3, amount, None) for amount in (0.5, 1.7)),
+        *((kind, 3, 1.7, None) for kind in ("activation", "both")),
+    ],
 )
-def test_prefetching_changes_no_token_and_no_residency(num_sequences: int, expert_slots: int, amount: float) -> None:
+def test_prefetching_changes_no_token_and_no_residency(
+    kind: str, num_sequences: int, amount: float, policy: str | None
+) -> None:
     """The same experts hit and missed; part of those missed came early, and none of it is counted twice."""
-    sizes = {"batch_size": num_sequences, "expert_slots": expert_slots}
+    sizes = {"batch_size": num_sequences, "expert_slots": num_sequences * A, "residency_policy": policy}
     plain = ran(num_sequences, **sizes).stats
-    ahead = ran(num_sequences, prefetch="lookahead", prefetch_experts=amount, **sizes)
+    ahead = ran(num_sequences, prefetch=kind, prefetch_experts=amount, **sizes)
     assert tokens(ahead) == tokens(ran(num_sequences, **sizes))
     stats, brought = ahead.stats, came(ahead)
     assert stats.decode == plain.decode
@@ -169,12 +177,12 @@ def layout(num_slots: int) -> SlotLayout:
 
 
 @functools.cache
-def step(num_experts: int):
-    store = models.weights().store
+def step(num_experts: int, kind: str):
+    store, predictor = models.weights().store, PREDICTORS[kind]
 
     @jax.jit
     def run(slots: ExpertSlots, xs, routings, residuals, num_rows):
-        prefetch = Prefetch(num_experts, num_rows, PREDICTOR)
+        prefetch = Prefetch(num_experts, num_rows, predictor, num_choices=3 * A)
         experts = OffloadedExperts(store, slots, layout(6), admits=True, policy="lru", prefetch=prefetch)
         carry, ys = experts.start(), []
         for n in range(NUM_LAYERS):
@@ -207,12 +215,25 @@ def rows_by_hand(odds: np.ndarray, slot_of: np.ndarray, needed: set[int], num_ex
     return found
 
 
-@pytest.mark.parametrize("is_oracle", [False, True])
-@pytest.mark.parametrize(("num_experts", "num_rows"), [(1, 0), (1, 7), (1, ROWS), (2, ROWS + 11), (2, 5 * ROWS)])
-def test_counts_and_results_are_those_of_plain_python(num_experts: int, num_rows: int, is_oracle: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_experts", "num_rows", "is_oracle"),
+    [
+        *(
+            ("lookahead", *amount, is_oracle)
+            for is_oracle in (False, True)
+            for amount in [(1, 0), (1, 7), (1, ROWS), (2, ROWS + 11), (2, 5 * ROWS)]
+        ),
+        ("activation", 1, ROWS, False),
+        ("both", 2, ROWS + 11, False),
+        ("both", 1, 7, True),
+    ],
+)
+def test_counts_and_results_are_those_of_plain_python(
+    kind: str, num_experts: int, num_rows: int, is_oracle: bool
+) -> None:
     """Of three rows, two of them tokens; or one, which every router routes as the layer before it guesses."""
     rng, valid = np.random.default_rng(num_rows), jnp.asarray([True, False, not is_oracle])
-    slots, seen = init_slots(models.weights().store, layout(6), policy="lru"), set()
+    slots, seen = init_slots(models.weights().store, layout(6), policy="lru", watched=["activation"]), set()
     for _ in range(12):
         xs, residuals = jnp.asarray(rng.normal(size=(2, NUM_LAYERS, 3, SMALL.hidden_size)), jnp.float32)
         logits = list(jnp.asarray(3 * rng.normal(size=(NUM_LAYERS, 3, E)), jnp.float32))
@@ -221,23 +242,78 @@ def test_counts_and_results_are_those_of_plain_python(num_experts: int, num_rows
             guessed = predicted_logits(PREDICTOR, n, residuals[n], routings[n])
             routings.append(routed(guessed if is_oracle else logits[n + 1], valid))
         before = np.asarray(slots.residency.stacked.slot_of)
-        ys, slots, counted = step(num_experts)(slots, xs, routings, residuals, jnp.asarray(num_rows, jnp.int32))
+        expected_use = np.asarray(slots.residency.tracked["activation"].expected)
+        ys, slots, counted = step(num_experts, kind)(slots, xs, routings, residuals, jnp.asarray(num_rows, jnp.int32))
         for y, expected in zip(ys, resident()(xs, routings), strict=True):
             np.testing.assert_allclose(y, expected, atol=2e-6 * max(1, np.abs(expected).max()))
-        assert counted.useful[0] == counted.wasted[0] == 0
-        for n, routing in enumerate(routings[1:], start=1):
-            odds = np.asarray(predict(PREDICTOR, n - 1, residuals[n - 1], routings[n - 1]))
+        for n, routing in enumerate(routings):
+            if kind == "activation" or (kind == "both" and n == 0):
+                odds = expected_use[n]
+            else:
+                odds = np.asarray(predict(PREDICTOR, n - 1, residuals[n - 1], routings[n - 1])) if n else np.zeros(E)
             needed = set(np.asarray(routing.expert_ids).ravel().tolist()) - {E}
             expected = rows_by_hand(odds, before[n], needed, num_experts, num_rows)
             assert [int(counted.useful[n]), int(counted.wasted[n])] == expected
             seen.add((expected[0] > 0, expected[1] > 0))
-            if is_oracle and num_rows and any(before[n][expert] == NONE for expert in needed):
+            if is_oracle and n and num_rows and any(before[n][expert] == NONE for expert in needed):
                 assert expected[0] > 0, "a missing expert of the routing is the best guess"
     assert len(seen) > (num_rows > 0), "now useful, now wasted"
 
 
 def routed(logits, valid) -> Routing:
     return Routing(*route(logits, valid, num_chosen=A, normalize=True), logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [("lookahead", "reuse"), ("activation", "reuse"), ("both", "reuse"), ("activation", "activation")],
+)
+def test_the_first_layer_is_guessed_from_past_requests(kind: str, policy: str) -> None:
+    """Once there is a step to go by, whichever policy decides; and by looking ahead never."""
+    made = engine(prefetch=kind, prefetch_experts=1.0, residency_policy=policy)
+    inputs, sampling = (made.weights.params, made.weights.store), batch_sampling(ALONE, ())
+    state, came = made.new_state(1, [24]), []
+    for num_steps in (1, 23):
+        state, emitted = made.steps.decode_prefetching(
+            *inputs,
+            state,
+            sampling,
+            np.int32(num_steps),
+            made.predictor,
+            np.int32(ROWS),
+            prefetch_experts=1,
+            capacity=24,
+            mode=sampling_mode(ALONE),
+        )
+        came.append(np.asarray(emitted.prefetched.useful + emitted.prefetched.wasted))
+    made.give_back(state)
+    assert came[0][0] == 0
+    assert (came[1][0] > 0) == (kind != "lookahead")
+    assert came[1][1] > 0
+
+
+def test_what_is_learned_for_a_prefetch_is_what_the_policy_would_learn(tmp_path) -> None:
+    """Kept in the same file, beside that of the policy which decides."""
+
+    def collection(name: str, **runtime) -> np.ndarray:
+        options = RuntimeConfig(expert_slots=A, max_seq_len=64, measure_link=False, **runtime)
+        details = {"fingerprint": "abc", "experience_dir": tmp_path / name}
+        made = Engine.start(SMALL, options, models.weights, **details)
+        made.generate(PROMPTS[:1], ALONE).results()
+        state = made.new_state(1, [1])
+        learned = np.array(state.experts.residency.tracked["activation"].collection)
+        made.give_back(state)
+        return learned
+
+    decides = collection("policy", residency_policy="activation")
+    watched = collection("watched", prefetch="both")
+    assert np.any(decides)
+    np.testing.assert_array_equal(watched, decides)
+    assert {file.name for file in (tmp_path / "watched").iterdir()} == {"abc-activation.npz", "abc-reuse.npz"}
+    assert {file.name for file in (tmp_path / "policy").iterdir()} == {"abc-activation.npz"}
+    again = collection("watched", prefetch="activation")
+    np.testing.assert_array_equal(again[:, 0], decides[:, 0])
+    assert np.any(again[:, 1]), "and a second request beside the one that was read"
 
 
 def line(**runtime) -> str:
@@ -249,6 +325,9 @@ def test_what_the_engine_says() -> None:
     assert line() == "prefetch of 0.5 experts a layer, at most 3.00 KiB a step, while attention runs"
     assert "at most 12.00 KiB a step" in line(prefetch_experts=2)
     assert "of 0, 0.25, 0.5, 1 experts a layer, whichever is fastest, at most 6.00 KiB a step" in line(prefetch="auto")
+    assert "0.5 experts a layer, guessed from past requests, at most 6.00 KiB a step" in line(prefetch="activation")
+    first = "guessed in the layer before and, for the first, from past requests, at most 6.00 KiB a step"
+    assert first in line(prefetch="both")
     assert line(batch_size=3).endswith(
         "; not for 3 sequences together, which may ask for 6 experts of a layer of 2 slots"
     )
@@ -286,15 +365,17 @@ def test_guesses_are_those_asked_for_that_are_not_resident(resident, num_asked, 
 
 
 def test_counts_by_hand() -> None:
-    """Layer 1: 10 rows of expert 1, needed, and 3 of 2, not. Layer 2: 5 of 3, not, and nobody."""
+    """Layer 1: 10 rows of expert 1, needed, and 3 of 2, not. Layer 2: 5 of 3, not, and nobody. Layer 0: 7 and 2."""
 
     def arrivals(expert_ids, num_rows) -> Arrivals:
         return Arrivals(jnp.asarray(expert_ids), jnp.asarray(num_rows), jnp.zeros((2, 3, 1, 1)))
 
-    needed = jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 1, 0]], bool)
-    made = count([arrivals([1, 2], [10, 3]), arrivals([3, NONE], [5, 0])], needed)
-    assert np.asarray(made.useful).tolist() == [0, 10, 0]
-    assert np.asarray(made.wasted).tolist() == [0, 3, 5]
+    needed = jnp.asarray([[0, 1, 1, 1], [1, 1, 0, 1], [1, 0, 1, 0]], bool)
+    come = [arrivals([1, 2], [10, 3]), arrivals([3, NONE], [5, 0])]
+    for first, rows in (([], 0), ([arrivals([3, 0], [7, 2])], 7)):
+        made = count([*first, *come], needed)
+        assert np.asarray(made.useful).tolist() == [rows, 10, 0]
+        assert np.asarray(made.wasted).tolist() == [2 if first else 0, 3, 5]
 
 
 def test_an_amount_that_is_measured_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,4 +422,13 @@ def test_another_amount_compiles_nothing() -> None:
     ran(prefetch="lookahead", prefetch_experts=0.5)
     before = steps.decode_prefetching._cache_size()
     ran(prefetch="lookahead", prefetch_experts=0.25)
+    assert steps.decode_prefetching._cache_size() == before
+
+
+@pytest.mark.parametrize("kind", ["activation", "both"])
+def test_decode_compiles_once(kind: str) -> None:
+    steps, sizes = type(engine().steps), {"prefetch": kind, "prefetch_experts": 0.5}
+    ran(**sizes)
+    before = steps.decode_prefetching._cache_size()
+    engine(**sizes).generate(PROMPTS[1:2], ALONE).results()
     assert steps.decode_prefetching._cache_size() == before

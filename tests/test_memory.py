@@ -25,9 +25,21 @@ TRUNK = 3 * GIB
 XLA_SETTINGS = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", memory.HOST_LIMIT_VARIABLE)
 
 
-def plan(config: ModelConfig = LARGE, *, device: int | None = 80 * GIB, host: int = 200 * GIB, **runtime) -> MemoryPlan:
+def plan(
+    config: ModelConfig = LARGE,
+    *,
+    device: int | None = 80 * GIB,
+    host: int = 200 * GIB,
+    calibration_bytes: int = 0,
+    **runtime,
+) -> MemoryPlan:
     return plan_memory(
-        config, RuntimeConfig(**runtime), trunk_bytes=TRUNK, device_limit_bytes=device, host_limit_bytes=host
+        config,
+        RuntimeConfig(**runtime),
+        trunk_bytes=TRUNK,
+        device_limit_bytes=device,
+        host_limit_bytes=host,
+        calibration_bytes=calibration_bytes,
     )
 
 
@@ -89,7 +101,37 @@ def test_a_prefetch_is_planned_for_twice(amount: float, num_experts: int) -> Non
 
 def plan_parts(made: MemoryPlan) -> int:
     parts = made.trunk_bytes, made.slots_bytes, made.staging_bytes, made.kv_bytes, made.workspace_bytes
-    return sum(parts) + made.prefetch_bytes
+    return sum(parts) + made.prefetch_bytes + made.predictor_bytes
+
+
+COLLECTION = (128 + 3) * len(LARGE.moe_layers) * LARGE.num_experts * 4
+
+
+@pytest.mark.parametrize(
+    ("runtime", "expected"),
+    [
+        ({}, 0),
+        ({"prefetch": "lookahead"}, 5000),
+        ({"prefetch": "auto"}, 5000),
+        ({"prefetch": "activation"}, COLLECTION),
+        ({"prefetch": "both"}, 5000 + COLLECTION),
+        ({"prefetch": "both", "residency_policy": "activation"}, 5000),  # which has it in any case
+        ({"execute_guess": 0.8}, 5000),
+        ({"execute_guess": 0.8, "prefetch": "lookahead"}, 5000),
+        ({"execute_guess": 0.8, "prefetch": "both"}, 5000 + COLLECTION),
+    ],
+)
+def test_what_guesses_are_made_from_is_planned_for(runtime: dict, expected: int) -> None:
+    made = plan(device=40 * GIB, calibration_bytes=5000, **runtime)
+    assert made.predictor_bytes == made.to_dict()["predictor_bytes"] == expected
+    assert made.device_bytes == plan_parts(made)
+    assert any("predictor" in line for line in made.lines()) is (expected > 0)
+
+
+def test_where_all_experts_fit_only_guesses_that_are_executed_are_planned_for() -> None:
+    for gate, expected in ((None, 0), (0.8, 5000)):
+        made = plan(device=500 * GIB, calibration_bytes=5000, prefetch="both", execute_guess=gate)
+        assert made.predictor_bytes == expected
 
 
 def test_where_all_experts_fit_no_memory_is_planned_for_a_prefetch() -> None:

@@ -1,5 +1,6 @@
 """The oracle knows what every step asks for, and says no more; what it brings early changes no token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
+from jmoe.experts.residency import init_residency
 from jmoe.generation import Generation
 from jmoe.model.router import Routing
 from tests import models
@@ -66,5 +68,6 @@ def test_it_says_what_was_recorded_and_after_that_nothing() -> None:
     odds = jax.jit(Oracle(needed).odds, static_argnums=0)
     routing = Routing(jnp.zeros((1, A), jnp.int32), jnp.ones((1, A)), jnp.zeros((1, E)))
     for clock in range(5):
-        made = odds(0, jnp.zeros((1, SMALL.hidden_size)), routing, jnp.asarray(clock, jnp.int32))
+        residency = dataclasses.replace(init_residency(2, E, 2), clock=jnp.asarray(clock, jnp.int32))
+        made = odds(0, jnp.zeros((1, SMALL.hidden_size)), routing, residency)
         assert made.tolist() == (needed[clock, 1].astype(float).tolist() if clock < 3 else [0] * E)

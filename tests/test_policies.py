@@ -222,17 +222,17 @@ def test_a_damaged_file_is_named(learned: Reuse, tmp_path: Path, cut: int) -> No
 
 def test_an_engine_goes_on_from_what_the_last_one_learned(tmp_path: Path) -> None:
     """And says so; steps of no token, as of a score, change nothing and write nothing."""
-    file, said = tmp_path / "residency" / "learned.npz", []
+    file, said = tmp_path / "residency" / "abc-reuse.npz", []
     runtime = RuntimeConfig(expert_slots=4, max_seq_len=64, measure_link=False)
 
     def start() -> Engine:
-        details = {"fingerprint": "abc", "experience_file": file, "announce": said.append}
+        details = {"fingerprint": "abc", "experience_dir": file.parent, "announce": said.append}
         return Engine.start(models.SMALL, runtime, models.weights, **details)
 
     def weights(engine: Engine) -> np.ndarray:
         state = engine.new_state(1, [1])
         engine.give_back(state)
-        return np.asarray(state.experts.residency.tracked.weights)
+        return np.asarray(state.experts.residency.tracked["reuse"].weights)
 
     engine = start()
     fresh = weights(engine)
@@ -245,7 +245,7 @@ def test_an_engine_goes_on_from_what_the_last_one_learned(tmp_path: Path) -> Non
     assert [line for line in said if "policy" in line] == [
         "residency policy reuse (1.26 KiB of device memory, chosen automatically)",
         "residency policy reuse (1.26 KiB of device memory, chosen automatically)",
-        f"residency policy reuse: with what it learned before ({file})",
+        f"policy reuse: with what it learned before ({file})",
     ]
 
 
@@ -256,6 +256,6 @@ def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
     layout = SlotLayout(num_layers=L, num_experts=E, slots_per_layer=2, num_staging=1)
     slots = init_slots(store, layout)
     slots = dataclasses.replace(slots, residency=dataclasses.replace(slots.residency, clock=jnp.asarray(3)))
-    experience.Experience(tmp_path / "file" / "learned.npz", "reuse", "abc", said.append).finish(slots)
+    experience.Experience(tmp_path / "file", ["reuse"], "abc", said.append).finish(slots)
     [line] = said
-    assert line.startswith("what the residency policy learned is not kept: ")
+    assert line.startswith("what the policy reuse learned is not kept: ")

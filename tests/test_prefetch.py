@@ -234,6 +234,15 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(*guesses)
 
 
+def test_what_a_calibration_takes_of_the_device_is_what_its_predictor_has_of_its_own() -> None:
+    made, params = calibration(), observed()[0]
+    predictor = made.predictor(CONFIG, params)
+    own = dataclasses.replace(predictor, norms=(), routers=())
+    assert made.device_bytes(CONFIG) == sum(leaf.nbytes for leaf in jax.tree.leaves(own)) > 0
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    assert made.device_bytes(half) == made.device_bytes(CONFIG) // 2
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "prefetch.safetensors"
     calibration().save(path)

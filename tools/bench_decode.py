@@ -3,6 +3,7 @@
     python -m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat
     python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1
     python -m tools.bench_decode --model path/to/checkpoint --prefetch lookahead --prefetch-experts 0 0.25 0.5 1
+    python -m tools.bench_decode --model path/to/checkpoint --prefetch both --prefetch-experts 0.5
     python -m tools.bench_decode --model path/to/checkpoint --prefetch oracle --prefetch-experts 0 1 2 4
 
 Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
@@ -15,7 +16,7 @@ embedding table, and every expert asked for), and a pass over device memory in t
 
 `prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
 crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. With --prefetch-experts 0
-nothing comes early.
+nothing comes early. What --prefetch activation and both know of past requests is learned from the runs of each row.
 
 --prefetch oracle shows what bringing experts early can do, were every guess right: the same prompts are run once
 before, with the same seeds, and what each step asked for is brought where it is missing. Its `useful` is 1, or in
@@ -85,8 +86,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.config and args.prompts:
         parser.error("argument --prompts: not allowed with --config, whose prompts are random token ids")
-    if args.prefetch_experts and args.prefetch not in ("lookahead", "oracle"):
-        parser.error("argument --prefetch-experts: is what --prefetch lookahead brings, or oracle; add one of them")
+    if args.prefetch_experts and args.prefetch in ("off", "auto"):
+        parser.error(
+            "argument --prefetch-experts: is what --prefetch lookahead, activation, both or oracle brings; "
+            "add one of them"
+        )
     args.prompts = args.prompts or PROMPTS
     args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.5]
     return args
@@ -156,14 +160,10 @@ class Bench:
         self.ceiling, self.hbm_gbps = memory.measure_link_gbps(), memory_gbps()
         self.weights = self._weights(path)
         say = functools.partial(print, flush=True)
-        self.calibration = load_calibration(path, self.config, say) if path and self.guesses else None
+        looks_ahead = args.prefetch in ("lookahead", "both", "auto")
+        self.calibration = load_calibration(path, self.config, say) if path and looks_ahead else None
         self.oracle = self._record() if args.prefetch == "oracle" else None
         gc.collect()  # the slots of that engine
-
-    @property
-    def guesses(self) -> bool:
-        """Whether a prefetch goes by guesses."""
-        return self.args.prefetch in ("lookahead", "auto")
 
     def _record(self) -> Oracle:
         """Of all runs to come: what is asked for does not depend on what has a slot."""

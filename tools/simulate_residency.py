@@ -135,15 +135,15 @@ def replay(start: Residency, used: jax.Array, ends: jax.Array, *, policy: str, m
 
     def step(carry, event: tuple[jax.Array, jax.Array]):
         (layers, before), (used, is_end) = carry, event
-        values = value(before.tracked, used, before.clock)
+        values = value(before.tracked[policy], used, before.clock)
         num_hits = jnp.sum((used > 0) & (layers.slot_of != NONE), axis=1, dtype=jnp.int32)
         layers, plan = jax.vmap(functools.partial(admit, max_needed=max_needed))(layers, used > 0, values)
-        tracked = POLICIES[policy].update(before.tracked, used, before.clock)
+        tracked = POLICIES[policy].update(before.tracked[policy], used, before.clock)
         if finish is not None:
             tracked = jax.lax.cond(is_end, finish, lambda state: state, tracked)
         num_streamed = jnp.sum(used > 0, axis=1, dtype=jnp.int32) - num_hits - plan.count
         counters = jax.tree.map(jnp.add, before.decode, Counters(num_hits, plan.count, num_streamed))
-        return (layers, Residency((), tracked, before.clock + 1, counters, before.prefill)), None
+        return (layers, Residency((), {policy: tracked}, before.clock + 1, counters, before.prefill)), None
 
     first = start.stacked, dataclasses.replace(start, layers=())
     (layers, after), _ = jax.lax.scan(step, first, (used, ends))
@@ -161,10 +161,8 @@ def hit_rates(
         fresh = init_residency(num_layers, num_experts, slots, policy)
         if POLICIES[policy].learned and len(lessons[0]):
             rates[f"{policy} {UNTAUGHT}"] = _hit_rate(play(fresh, *exam).decode)
-            taught = play(fresh, *lessons).tracked
-            fresh = Residency(
-                fresh.layers, carry_over(policy, taught, fresh.tracked), fresh.clock, fresh.decode, fresh.prefill
-            )
+            taught = play(fresh, *lessons).tracked[policy]
+            fresh = dataclasses.replace(fresh, tracked={policy: carry_over(policy, taught, fresh.tracked[policy])})
         rates[policy] = _hit_rate(play(fresh, *exam).decode)
     rates[OPTIMUM] = optimum(exam[0], slots)
     gap = rates[OPTIMUM] - rates["lru"]

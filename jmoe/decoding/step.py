@@ -17,6 +17,7 @@ from jmoe.experts.execute_guess import ExecutedGuess, GuessedRouting
 from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
 from jmoe.experts.look_ahead import Foresight, Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY
+from jmoe.experts.prefetch import PastRequests
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import Decoder, build_decoder
@@ -206,11 +207,13 @@ class Steps:
         capacity: int,
         mode: Mode,
     ) -> tuple[DecodeState, Emitted]:
-        """As `decode`, with the same tokens; for each layer but the first so many rows of D values, of so many experts
-        at most, come before its router has asked, as the predictor guesses. An `ExecutedGuess` is executed too.
+        """As `decode`, with the same tokens; for each layer that the predictor knows of so many rows of D values, of so
+        many experts at most, come before its router has asked. An `ExecutedGuess` that looks ahead is executed too.
         """
-        prefetch = Prefetch(prefetch_experts, prefetch_rows, predictor)
-        executed = predictor if isinstance(predictor, ExecutedGuess) else None
+        num_choices = state.last_tokens.size * self.config.num_experts_per_tok
+        prefetch = Prefetch(prefetch_experts, prefetch_rows, predictor, num_choices)
+        ahead = predictor.ahead if isinstance(predictor, PastRequests) else predictor
+        executed = ahead if isinstance(ahead, ExecutedGuess) else None
         return self._decode(params, store, state, sampling, num_steps, prefetch, executed, capacity, mode)
 
     def _decode(

@@ -8,9 +8,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from jmoe.experts.look_ahead import Foresight
 from jmoe.experts.prefetch import Predictor, is_token, predict, predicted_logits
+from jmoe.experts.residency import Residency
 from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
 from kernels_pallas.route.api import route
@@ -18,7 +20,7 @@ from kernels_pallas.route.api import route
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ExecutedGuess:
+class ExecutedGuess(Foresight):
     """What `layers` (MoE layers, from 1 on; static) compute, as `predictor` guesses one layer ahead of each.
 
     It is a predictor for prefetching too: of these layers it knows what they will ask for.
@@ -45,7 +47,7 @@ class ExecutedGuess:
         return Routing(*route(logits, valid, **chosen, implementation=self.implementation), logits)
 
     def odds(
-        self, layer: int, residual: Float[Array, "T D"], routing: Routing, clock: Int[Array, ""]
+        self, layer: int, residual: Float[Array, "T D"], routing: Routing, residency: Residency
     ) -> Float[Array, " E"]:
         """For prefetching: the weights of what layer `layer + 1` will ask for, and else its guess."""
         certain = self.routing(layer, residual, routing)

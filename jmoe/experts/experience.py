@@ -1,4 +1,4 @@
-"""What a residency policy has learned of a model, in a file, so that the next run begins with it.
+"""What residency policies have learned of a model, in files, so that the next run begins with it.
 
 An npz without pickles: `header`, a string of JSON (format, version, policy, fingerprint of the checkpoint), and beside
 it the fields that the policy names as `learned`.
@@ -7,7 +7,7 @@ it the fields that the policy names as `learned`.
 import dataclasses
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,49 @@ FORMAT, VERSION = "jmoe residency experience", 1
 
 
 class Experience:
-    """What a policy has learned of one checkpoint, kept in `file` (None: kept nowhere, and every run starts afresh)."""
+    """What policies have learned of one checkpoint, each kept in a file of its own in `directory`.
 
-    def __init__(self, file: Path | None, policy: str, fingerprint: str, announce: Callable[[str], None]):
-        self.file = file if POLICIES[policy].learned else None
-        self.policy, self.fingerprint, self.announce = policy, fingerprint, announce
-        self._kept_at = 0  # the residency's clock when the file was last written
+    None keeps it nowhere: every run starts afresh.
+    """
+
+    def __init__(
+        self, directory: Path | None, policies: Iterable[str], fingerprint: str, announce: Callable[[str], None]
+    ):
+        self.policies, self.fingerprint, self.announce = tuple(sorted(policies)), fingerprint, announce
+        kept = [name for name in self.policies if POLICIES[name].learned]
+        self.files = {name: directory / f"{fingerprint[:16]}-{name}.npz" for name in kept} if directory else {}
+        self._kept_at = 0  # the residency's clock when the files were last written
 
     def restore(self, slots: ExpertSlots) -> ExpertSlots:
-        """New slots, with what the file has learned. Raises RuntimeError for a file that cannot be used."""
-        self._kept_at = 0
-        if self.file is None or not self.file.is_file():
-            return slots
-        self.announce(f"residency policy {self.policy}: with what it learned before ({self.file})")
-        return with_tracked(slots, load(self.file, self.policy, self.fingerprint, slots.residency.tracked))
+        """New slots, with what the files have learned. Raises RuntimeError for a file that cannot be used."""
+        self._kept_at, tracked = 0, dict(slots.residency.tracked)
+        for name, file in self.files.items():
+            if file.is_file():
+                self.announce(f"policy {name}: with what it learned before ({file})")
+                tracked[name] = load(file, name, self.fingerprint, tracked[name])
+        return with_tracked(slots, tracked)
 
     def finish(self, slots: ExpertSlots) -> ExpertSlots:
-        """The slots after a batch of requests: the policy is told, and what it learned is written if it is more now."""
-        finish, clock = POLICIES[self.policy].finish, int(slots.residency.clock)
-        if finish is not None:
-            slots = with_tracked(slots, jax.jit(finish, donate_argnums=0)(slots.residency.tracked))
-        if self.file is not None and clock != self._kept_at:
-            try:
-                save(self.file, self.policy, self.fingerprint, slots.residency.tracked)
-            except OSError as error:
-                self.announce(f"what the residency policy learned is not kept: {error}")
+        """The slots after a batch of requests: policies are told, and what they learned is written if it is more."""
+        tracked, clock = dict(slots.residency.tracked), int(slots.residency.clock)
+        for name in self.policies:
+            if (finish := POLICIES[name].finish) is not None:
+                tracked[name] = jax.jit(finish, donate_argnums=0)(tracked[name])
+        if clock != self._kept_at:
+            self._keep(tracked)
             self._kept_at = clock
-        return slots
+        return with_tracked(slots, tracked)
+
+    def _keep(self, tracked: Mapping[str, Any]) -> None:
+        for name, file in self.files.items():
+            try:
+                save(file, name, self.fingerprint, tracked[name])
+            except OSError as error:
+                self.announce(f"what the policy {name} learned is not kept: {error}")
 
 
-def with_tracked(slots: ExpertSlots, tracked: Any) -> ExpertSlots:
-    """The same slots, where the policy remembers this."""
+def with_tracked(slots: ExpertSlots, tracked: dict[str, Any]) -> ExpertSlots:
+    """The same slots, where policies remember this."""
     return dataclasses.replace(slots, residency=dataclasses.replace(slots.residency, tracked=tracked))
 
 

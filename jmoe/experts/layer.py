@@ -126,7 +126,8 @@ class Observed(MoE):
 class Progress:
     """What the layers done so far have asked for, and have made of the slots and of their residency.
 
-    With a prefetch, `guess` is what the next layer will miss, and `arrivals` what came early for each but the first.
+    With a prefetch, `guess` is what the next layer will miss, and `arrivals` what came early for each so far, or each
+    but the first.
     """
 
     staging: Float[Array, "W 3 F D"]
@@ -147,8 +148,8 @@ class OffloadedExperts(MoE):
     that the slots' residency was made with) values least. Prefill does not: it uses what is resident where it is and
     streams the rest through the staging slots, so that the decode set survives it.
 
-    With `prefetch`, what the next layer will probably miss comes while its attention runs, and is taken from there: in
-    steps that admit, and for which `look_ahead.pays`.
+    With `prefetch`, what a layer will probably miss comes while its attention runs, and is taken from there: in steps
+    that admit, and for which `look_ahead.pays`.
     """
 
     store: ExpertStore
@@ -160,7 +161,12 @@ class OffloadedExperts(MoE):
     prefetch: Prefetch | None = None
 
     def start(self) -> Progress:
-        return Progress(self.slots.staging)
+        progress, ahead = Progress(self.slots.staging), self._ahead
+        odds = ahead.predictor.odds_at_start(self.slots.residency) if ahead else None
+        if ahead is None or odds is None:
+            return progress
+        with jax.named_scope("prefetch"):
+            return self._bring(ahead, 0, self._guess(ahead, 0, odds), progress)
 
     def finish(self, progress: Progress) -> ExpertSlots:
         """The state after the step, with what the policy remembers and the counters brought on."""
@@ -170,7 +176,9 @@ class OffloadedExperts(MoE):
         after = dataclasses.replace(before, clock=before.clock + self.admits, **{kind: counters})
         if not self._is_fixed:
             with jax.named_scope("admit"):
-                tracked = POLICIES[self.policy].update(before.tracked, used, before.clock)
+                tracked = {
+                    name: POLICIES[name].update(state, used, before.clock) for name, state in before.tracked.items()
+                }
             after = dataclasses.replace(after, layers=progress.layers, tracked=tracked)
         return ExpertSlots(progress.slots, progress.staging, after)
 
@@ -194,15 +202,26 @@ class OffloadedExperts(MoE):
         return self.layout.all_resident or not self.admits
 
     def look_ahead(self, moe_layer: int, residual: Float[Array, "T D"], routing: Routing, carry: Progress) -> Progress:
-        prefetch, following = self.prefetch if self.admits else None, moe_layer + 1
-        is_last = following == self.layout.num_layers
-        if prefetch is None or is_last or not look_ahead.pays(self.layout, routing.expert_ids.size):
+        ahead, following = self._ahead, moe_layer + 1
+        if ahead is None or following == self.layout.num_layers:
             return carry
-        residency, num_asked = self.slots.residency, routing.expert_ids.size
-        odds = prefetch.predictor.odds(moe_layer, residual, routing, residency.clock)
-        slot_of = residency.layers[following].slot_of
-        best = look_ahead.guess(odds, slot_of, num_asked, prefetch.num_experts)
-        return dataclasses.replace(carry, guess=best)
+        odds = ahead.predictor.odds(moe_layer, residual, routing, self.slots.residency)
+        return dataclasses.replace(carry, guess=self._guess(ahead, following, odds))
+
+    @property
+    def _ahead(self) -> Prefetch | None:
+        """The prefetch, if this step makes one."""
+        pays = self.admits and self.prefetch and look_ahead.pays(self.layout, self.prefetch.num_choices)
+        return self.prefetch if pays else None
+
+    def _guess(self, ahead: Prefetch, moe_layer: int, odds: Float[Array, " E"]) -> Guess:
+        slot_of = self.slots.residency.layers[moe_layer].slot_of
+        return look_ahead.guess(odds, slot_of, ahead.num_choices, ahead.num_experts)
+
+    def _bring(self, ahead: Prefetch, moe_layer: int, best: Guess, carry: Progress, after: Array | None = None):
+        store = self.store.layers[moe_layer]
+        named, how = (best.expert_ids, best.count, ahead.num_rows), {"implementation": self.implementation}
+        return dataclasses.replace(carry, arrivals=(*carry.arrivals, bring(store, *named, after=after, **how)))
 
     def _bring_guessed(self, moe_layer: int, y: Float[Array, "T D"], carry: Progress):
         """What the next layer will probably miss, once this one's experts have come: before, the link is theirs."""
@@ -210,9 +229,7 @@ class OffloadedExperts(MoE):
             return y, carry
         y, best = jax.lax.optimization_barrier((y, carry.guess))  # else XLA makes the guess together with the routing
         with jax.named_scope("prefetch"):
-            rows, store = self.prefetch.num_rows, self.store.layers[moe_layer + 1]
-            come = bring(store, best.expert_ids, best.count, rows, after=y, implementation=self.implementation)
-        return y, dataclasses.replace(carry, guess=None, arrivals=(*carry.arrivals, come))
+            return y, self._bring(self.prefetch, moe_layer + 1, best, dataclasses.replace(carry, guess=None), after=y)
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))
@@ -236,7 +253,7 @@ class OffloadedExperts(MoE):
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups(admitted.group_experts, admitted.group_weights, routing.expert_ids.shape[1])
         if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
-            arrivals = carry.arrivals[moe_layer - 1] if carry.arrivals else None
+            arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
         else:
             if self.admits:
@@ -257,7 +274,7 @@ class OffloadedExperts(MoE):
         residency, value = self.slots.residency, None
         used = tokens_of_experts(routing.expert_ids, self.layout.num_experts)
         if self.admits:
-            row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked)
+            row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked[self.policy])
             value = POLICIES[self.policy].value(row, used, residency.clock)
         before = residency.layers[moe_layer]
         ids, weights = routing.expert_ids, routing.combine_weights

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jmoe.experts.residency import NONE
+from jmoe.experts.residency import NONE, Residency
 from jmoe.experts.slots import SlotLayout
 from jmoe.model.router import Routing
 from kernels_pallas.admit.reference import rank_of, select
@@ -21,28 +21,34 @@ from kernels_pallas.prefetch.arrivals import Arrivals
 
 
 class Foresight(Protocol):
-    """Whoever says what comes next: a pytree, since it goes through jitted steps. See `jmoe.experts.prefetch`."""
+    """Whoever says what comes next: a pytree, since it goes through jitted steps. See `jmoe.experts.prefetch`.
+
+    `residency` is that of the steps before this one.
+    """
 
     def odds(
-        self, layer: int, residual: Float[Array, "T D"], routing: Routing, clock: Int[Array, ""]
+        self, layer: int, residual: Float[Array, "T D"], routing: Routing, residency: Residency
     ) -> Float[Array, " E"]:
-        """How likely each expert of layer `layer + 1` is asked for, 0 if never, once `layer` has routed.
-
-        `clock` is the residency's: how many steps have admitted before this one.
-        """
+        """How likely each expert of layer `layer + 1` is asked for, 0 if never, once `layer` has routed."""
         ...
+
+    def odds_at_start(self, residency: Residency) -> Float[Array, " E"] | None:
+        """The same of layer 0, when a step begins. None, as by default, if nothing is known of it."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefetch:
-    """For each layer but the first `num_rows` rows of D values (3F an expert), of the `num_experts` most probable.
+    """`num_rows` rows of D values (3F an expert) for each layer that `predictor` knows of: its most probable experts.
 
-    `num_experts` is static, and at least num_rows / 3F: the first expert comes whole before the next begins.
+    They are at most `num_experts`, at least num_rows / 3F: the first comes whole before the next begins. The rows of a
+    step make `num_choices` of experts in a layer. Both are static.
     """
 
     num_experts: int
     num_rows: Int[Array, ""]
     predictor: Foresight
+    num_choices: int
 
 
 @jax.tree_util.register_dataclass
@@ -90,10 +96,10 @@ def no_rows(num_layers: int) -> Prefetched:
 
 
 def count(arrivals: Sequence[Arrivals], needed: Bool[Array, "L E"]) -> Prefetched:
-    """Of a step which needed these experts, and to whose layers but the first these came early."""
-    ids = jnp.stack([each.expert_ids for each in arrivals])  # [L - 1, P]
-    rows = jnp.stack([each.num_rows for each in arrivals])
-    was_needed = jnp.take_along_axis(needed[1:], jnp.maximum(ids, 0), axis=1)  # NONE came with no row
+    """Of a step which needed these experts, and to whose layers, or all but the first, these came early."""
+    ids = jnp.stack([each.expert_ids for each in arrivals])  # [L, P], or [L - 1, P]
+    rows, without = jnp.stack([each.num_rows for each in arrivals]), len(needed) - len(arrivals)
+    was_needed = jnp.take_along_axis(needed[without:], jnp.maximum(ids, 0), axis=1)  # NONE came with no row
     useful = jnp.sum(jnp.where(was_needed, rows, 0), axis=1, dtype=jnp.int32)
     wasted = jnp.sum(rows, axis=1, dtype=jnp.int32) - useful
-    return Prefetched(*(jnp.pad(found, (1, 0)) for found in (useful, wasted)))
+    return Prefetched(*(jnp.pad(found, (without, 0)) for found in (useful, wasted)))

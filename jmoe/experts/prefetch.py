@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.config import ModelConfig
 from jmoe.experts import activation
 from jmoe.experts.activation import Activation
+from jmoe.experts.look_ahead import Foresight
+from jmoe.experts.residency import Residency
 from jmoe.model.router import Routing
 from kernels_pallas.decode_attention.reference import rms_norm
 from kernels_pallas.norm_linear.reference import matmul
@@ -49,7 +51,7 @@ Estimators = tuple[tuple[Estimator | None, ...], ...]  # in the places of Method
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Predictor:
+class Predictor(Foresight):
     """All that a prediction needs, in the dtype of the trunk. `norms` and `routers` are the trunk's own arrays.
 
     `methods[n - 1][l]` is how layer l predicts layer l+n; it is static, so that a step holds that method alone.
@@ -68,9 +70,9 @@ class Predictor:
         return len(self.routers)
 
     def odds(
-        self, layer: int, residual: Float[Array, "T D"], routing: Routing, clock: Int[Array, ""]
+        self, layer: int, residual: Float[Array, "T D"], routing: Routing, residency: Residency
     ) -> Float[Array, " E"]:
-        """`predict`, one layer ahead; whatever the clock."""
+        """`predict`, one layer ahead; whatever the residency."""
         return predict(self, layer, residual, routing)
 
 
@@ -215,3 +217,24 @@ def from_activation(state: Activation, layer: int, *, ahead: int = 1) -> Float[A
     if not (ahead >= 1 and -1 <= layer < num_layers - ahead):
         raise ValueError(f"layer={layer}, ahead={ahead}: expected a layer there, of {num_layers} MoE layers")
     return activation.predict(state, layer)[layer + ahead]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PastRequests(Foresight):
+    """What past requests tell of the layers that nobody looks `ahead` to: of the first, and if that is None of all.
+
+    The residency has to track what the policy `activation` does; whichever policy decides.
+    """
+
+    ahead: Foresight | None = None
+
+    def odds(
+        self, layer: int, residual: Float[Array, "T D"], routing: Routing, residency: Residency
+    ) -> Float[Array, " E"]:
+        if self.ahead is None:
+            return from_activation(residency.tracked["activation"], layer)
+        return self.ahead.odds(layer, residual, routing, residency)
+
+    def odds_at_start(self, residency: Residency) -> Float[Array, " E"]:
+        return from_activation(residency.tracked["activation"], -1)

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from jmoe.config import ModelConfig
+from jmoe.config import DTYPE_BYTES, ModelConfig
 from jmoe.experts.prefetch import Estimator, Estimators, Methods, Predictor, make_predictor, placed, places
 from jmoe.whole_files import new_file
 
@@ -48,6 +49,11 @@ class Calibration:
             default_vectors=self.default_vectors,
             estimators=self.estimators,
         )
+
+    def device_bytes(self, config: ModelConfig) -> int:
+        """Device memory of what `predictor` has of its own, beside the trunk's arrays."""
+        arrays = self.default_vectors, *jax.tree.leaves(self.estimators)
+        return sum(array.size for array in arrays) * DTYPE_BYTES[config.dtype]
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; one that is there is replaced."""

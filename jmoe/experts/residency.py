@@ -7,6 +7,7 @@ plain-Python twin in the tests.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,13 +44,16 @@ class Counters:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """All layers. `clock` counts the steps that admitted; `tracked` is what the policy remembers, every leaf [L, ...].
+    """All layers. `clock` counts the steps that admitted.
+
+    `tracked` is by name what policies remember, every leaf [L, ...]: of the one that decides, and of any that is only
+    watched, for what it expects of the steps to come.
 
     Arrays for each layer: of a kernel whose operand is a row of a larger one XLA makes no part of a command buffer.
     """
 
     layers: tuple[LayerResidency, ...]
-    tracked: Any
+    tracked: dict[str, Any]
     clock: Int[Array, ""]
     decode: Counters
     prefill: Counters
@@ -70,8 +74,17 @@ class FetchPlan:
     count: Int[Array, ""]
 
 
-def init_residency(num_layers: int, num_experts: int, slots_per_layer: int, policy: str = DEFAULT_POLICY) -> Residency:
-    """Slot s of every layer holds expert s: what `init_slots` puts there. `policy` is a name of `POLICIES`."""
+def init_residency(
+    num_layers: int,
+    num_experts: int,
+    slots_per_layer: int,
+    policy: str = DEFAULT_POLICY,
+    watched: Iterable[str] = (),
+) -> Residency:
+    """Slot s of every layer holds expert s: what `init_slots` puts there.
+
+    `policy`, which decides, and those only `watched` are names of `POLICIES`.
+    """
     experts = jnp.arange(num_experts, dtype=jnp.int32)
     slots = jnp.arange(slots_per_layer, dtype=jnp.int32)
 
@@ -82,7 +95,7 @@ def init_residency(num_layers: int, num_experts: int, slots_per_layer: int, poli
         )
         for _ in range(num_layers)
     )
-    tracked = POLICIES[policy].start(num_layers, num_experts)
+    tracked = {name: POLICIES[name].start(num_layers, num_experts) for name in {policy, *watched}}
     return Residency(layers, tracked, jnp.zeros((), jnp.int32), init_counters(num_layers), init_counters(num_layers))
 
 

@@ -1,6 +1,7 @@
 """The slots on the device: each layer's own, and the staging slots that all layers use in turn."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,17 @@ class ExpertSlots:
 
 
 def init_slots(
-    store: ExpertStore, layout: SlotLayout, *, implementation: str | None = None, policy: str = DEFAULT_POLICY
+    store: ExpertStore,
+    layout: SlotLayout,
+    *,
+    implementation: str | None = None,
+    policy: str = DEFAULT_POLICY,
+    watched: Iterable[str] = (),
 ) -> ExpertSlots:
-    """Slots that hold the first experts of each layer, so that they may be used from the first token on."""
+    """Slots that hold the first experts of each layer, so that they may be used from the first token on.
+
+    What `policy`, and those that are only `watched`, remember begins afresh.
+    """
     experts: Int[Array, " P"] = jnp.arange(layout.slots_per_layer, dtype=jnp.int32)
     fill = jax.jit(fetch, donate_argnums=1, static_argnames="implementation")
 
@@ -57,5 +66,5 @@ def init_slots(
     return ExpertSlots(
         layers=tuple(filled(layer) for layer in store.layers),
         staging=jnp.zeros((layout.num_staging, *store.layers[0].shape[1:]), store.layers[0].dtype),
-        residency=init_residency(layout.num_layers, layout.num_experts, layout.slots_per_layer, policy),
+        residency=init_residency(layout.num_layers, layout.num_experts, layout.slots_per_layer, policy, watched),
     )
