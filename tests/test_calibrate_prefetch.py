@@ -12,7 +12,7 @@ import pytest
 
 from jmoe import checkpoint
 from jmoe.convert import convert_hf
-from jmoe.experts import prefetch
+from jmoe.experts import activation, prefetch
 from jmoe.experts.prefetch_file import read_calibration
 from jmoe.synthetic import write_synthetic
 from jmoe.training import prefetch_recall
@@ -90,21 +90,39 @@ def test_before_attention_the_router_knows_all_if_attention_adds_nothing() -> No
 @pytest.mark.parametrize("num_slots", [2, 5])
 def test_guesses_of_missing_experts_in_plain_python(sequences: list[Observation], num_slots: int) -> None:
     predictor = prefetch.make_predictor(CONFIG, weights(CONFIG).params)
-    made = prefetch_recall.of_missing(predictor, sequences[:2], num_slots)
+    made = prefetch_recall.of_missing(predictor, sequences[5:], sequences[:2], num_slots)
+    expected_use = from_past(sequences[5:], sequences[:2])
     for layer in range(3):
-        slots, rights, missing, tokens = list(range(num_slots))[::-1], 0, 0, 0  # the last used is the last
-        for seen in sequences[:2]:
-            for n, (ids, logits) in enumerate(
-                zip(seen.expert_ids[layer].tolist(), seen.early_logits[layer], strict=True)
-            ):
-                guess = next(expert for expert in np.argsort(-logits, kind="stable") if expert not in slots)
-                rights += n > 0 and guess in ids
+        slots, rights, missing, tokens = (
+            list(range(num_slots))[::-1],
+            np.zeros(2, int),
+            0,
+            0,
+        )  # the last used is the last
+        for seen, past in zip(sequences[:2], expected_use, strict=True):
+            for n, ids in enumerate(seen.expert_ids[layer].tolist()):
+                for which, scores in enumerate((seen.early_logits[layer][n], past[n][layer])):
+                    guess = next(expert for expert in np.argsort(-scores, kind="stable") if expert not in slots)
+                    rights[which] += n > 0 and guess in ids
                 missing += n > 0 and bool(set(ids) - set(slots))
                 tokens += n > 0
                 slots = ([slot for slot in slots if slot not in ids] + ids)[-num_slots:]
-        assert (made["after_experts"][layer], made["missing"][layer]) == (rights / tokens, missing / tokens)
+        assert made["missing"][layer] == missing / tokens
+        assert [made[name][layer] for name in ("after_experts", "activation")] == (rights / tokens).tolist()
     assert np.isnan(made["router"][0])
     np.testing.assert_array_equal(made["hybrid"], made["router"])  # the plain router everywhere
+
+
+def from_past(taught: list[Observation], measured: list[Observation]) -> list[list[np.ndarray]]:
+    """What past requests let expect, [L, E], before each token of the measured sequences."""
+    state, found = activation.start(3, CONFIG.num_experts), []
+    for seen in [*taught, *measured]:
+        found.append([])
+        for used in prefetch_recall.used_experts(seen):
+            found[-1].append(np.asarray(state.expected))
+            state = activation.update(state, used, jnp.zeros((), jnp.int32))
+        state = activation.finish(state)
+    return found[len(taught) :]
 
 
 def test_nothing_to_measure(sequences: list[Observation]) -> None:
@@ -255,7 +273,7 @@ def test_from_texts_to_a_file_beside_the_checkpoint(
             assert few is many is first is None or 0 <= first / 2 <= few <= many <= 1
     assert list(report["first_missing_right"]) == ["2", "4"]
     for rates in report["first_missing_right"].values():
-        assert list(rates) == ["missing", "router", "hybrid", "after_experts"]
+        assert list(rates) == ["missing", "activation", "router", "hybrid", "after_experts"]
         assert all(
             0 <= right <= missing for right, missing in zip(rates["after_experts"], rates["missing"], strict=True)
         )

@@ -126,6 +126,7 @@ def figures(
     that is not resident is, by the number of slots.
     """
     predictor, num_active = calibration.predictor(config, params), config.num_experts_per_tok
+    taught = [*split.taught, *split.deciding]
     counts = sorted({num_active, min(2 * num_active, config.num_experts)})
     first = held_out_recall(predictor, split, 1)
     rates = {str(count): held_out_recall(predictor, split, count) for count in counts}
@@ -138,7 +139,9 @@ def figures(
         "methods": calibration.methods,
         "first_guess_right": {name: _numbers(row * num_active) for name, row in first.items()},
         "first_missing_right": {
-            str(count): {name: _numbers(row) for name, row in of_missing(predictor, split.held_out, count).items()}
+            str(count): {
+                name: _numbers(row) for name, row in of_missing(predictor, taught, split.held_out, count).items()
+            }
             for count in sorted({max(num_active, round(share * config.num_experts)) for share in slot_shares})
         },
         "recall": {count: {name: _numbers(row) for name, row in made.items()} for count, made in rates.items()},

@@ -84,23 +84,32 @@ def of_after_experts(sequences: Sequence[Observation], num_guesses: int) -> np.n
 # Guesses among what is not resident.
 
 
-def of_missing(predictor: Predictor, sequences: Sequence[Observation], num_slots: int) -> Rates:
+def of_missing(
+    predictor: Predictor, taught: Sequence[Observation], sequences: Sequence[Observation], num_slots: int
+) -> Rates:
     """How often, with so many slots a layer and LRU, the best guess of those that are not resident is asked for.
 
     That is what a prefetch of one expert sees. `missing` is how often any expert is missing: what an oracle gets. The
-    slots begin with the first experts, and are kept from sequence to sequence.
+    slots begin with the first experts, and are kept from sequence to sequence, as is what `activation` knows, whose
+    collection begins with the taught sequences.
     """
     num_layers, num_experts = sequences[0].logits.shape[0], sequences[0].logits.shape[-1]
     last_use = jnp.tile(-jnp.arange(num_experts, dtype=jnp.int32), (num_layers, 1))
     totals: dict[str, np.ndarray] = {}
+    past = _activation_after(taught, num_layers, num_experts)
     for seen in sequences:
         used, scores = used_experts(seen), _scores_of_each(predictor, seen)
+        past, scores["activation"] = _activation_scores(past, used)
         last_use, counts = _replay(last_use, used, scores, num_slots)
         totals = {name: totals.get(name, 0) + np.asarray(count) for name, count in counts.items()}
     num_tokens = sum(seen.logits.shape[1] - 1 for seen in sequences)
     rates = {name: count / num_tokens for name, count in totals.items()}
     ahead = {name: np.where(np.arange(num_layers) == 0, np.nan, rates[name]) for name in AHEAD}
-    return {"missing": rates["missing"], **ahead, "after_experts": rates["after_experts"]}
+    return {
+        **{name: rates[name] for name in ("missing", "activation")},
+        **ahead,
+        "after_experts": rates["after_experts"],
+    }
 
 
 AHEAD = ("router", "hybrid")  # predict the next layer, and so none for the first
@@ -165,12 +174,17 @@ def _activation_scores(state: activation.Activation, used: Int[Array, "T L E"]):
     return activation.finish(state), scores
 
 
-def of_the_past(taught: Sequence[Observation], measured: Sequence[Observation], num_guesses: int) -> Rates:
-    """Recall of `previous` tokens' experts, and of `activation`, whose collection begins with the taught sequences."""
-    num_layers, num_experts = measured[0].logits.shape[0], measured[0].logits.shape[-1]
+def _activation_after(taught: Sequence[Observation], num_layers: int, num_experts: int) -> activation.Activation:
     state = activation.start(num_layers, num_experts)
     for seen in taught:
         state, _ = _activation_scores(state, used_experts(seen))
+    return state
+
+
+def of_the_past(taught: Sequence[Observation], measured: Sequence[Observation], num_guesses: int) -> Rates:
+    """Recall of `previous` tokens' experts, and of `activation`, whose collection begins with the taught sequences."""
+    num_layers, num_experts = measured[0].logits.shape[0], measured[0].logits.shape[-1]
+    state = _activation_after(taught, num_layers, num_experts)
     found = {name: np.zeros(num_layers) for name in ("previous", "activation")}
     for seen in measured:
         used = used_experts(seen)
