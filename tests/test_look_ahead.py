@@ -10,7 +10,7 @@ import pytest
 
 import jmoe
 from jmoe import checkpoint, convert, memory, synthetic
-from jmoe.config import RuntimeConfig
+from jmoe.config import Prefetching, RuntimeConfig
 from jmoe.decoding.contest import Choice
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.engine import Engine, Weights
@@ -152,8 +152,8 @@ def test_it_guesses_with_the_calibration_beside_the_checkpoint(tmp_path, monkeyp
     convert.convert_hf(tmp_path / "hf", tmp_path / "model")
     said: list[str] = []
 
-    def ran_from_disk() -> Generation:
-        options = RuntimeConfig(expert_slots=A, max_seq_len=64, measure_link=False, prefetch="lookahead")
+    def ran_from_disk(kind: Prefetching = "lookahead") -> Generation:
+        options = RuntimeConfig(expert_slots=A, max_seq_len=64, measure_link=False, prefetch=kind)
         generation = jmoe.load(tmp_path / "model", options, announce=said.append).generate(PROMPTS[:1], ALONE)
         generation.results()
         return generation
@@ -167,6 +167,11 @@ def test_it_guesses_with_the_calibration_beside_the_checkpoint(tmp_path, monkeyp
     assert tokens(calibrated) == tokens(plain)
     assert came(calibrated).prefetched_bytes == came(plain).prefetched_bytes
     assert came(calibrated).useful_bytes != came(plain).useful_bytes
+    for other in ("activation", "both"):
+        said.clear()
+        assert tokens(ran_from_disk(other)) == tokens(plain)
+        assert (f"prefetch guesses with {file}" in said) is (other == "both")
+    assert any(text.startswith("policy activation: with what it learned before (") for text in said)
 
 
 # One layer after the other, against plain Python
