@@ -5,6 +5,7 @@ import jax
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.experts.experience import num_bytes
+from jmoe.memory_plan import MemoryPlan
 from jmoe.model.kv_cache import kv_shape
 from kernels_pallas import backends
 from kernels_pallas.admit import api as admit_api
@@ -15,7 +16,7 @@ from kernels_pallas.norm_linear import api as norm_linear_api
 from kernels_pallas.route import api as route_api
 
 
-def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
+def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> str:
     """The device and which implementation of each kernel decodes on it, and why if that is not the fastest."""
     name, batch, heads = runtime.implementation, plan.batch_size, config.num_attention_heads
 
@@ -42,7 +43,7 @@ def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.Memory
     return f"device {jax.devices()[0].device_kind}; kernels: {kernels}{why}"
 
 
-def policy_line(policy: str, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
+def policy_line(policy: str, runtime: RuntimeConfig, plan: MemoryPlan) -> str:
     """Which residency policy, and what it takes."""
     layout, chosen = plan.layout, "" if runtime.residency_policy else ", chosen automatically"
     if layout.all_resident:

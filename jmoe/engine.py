@@ -27,6 +27,7 @@ from jmoe.experts.prefetch_file import Calibration
 from jmoe.experts.slots import ExpertSlots, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation
+from jmoe.memory_plan import MemoryPlan, plan_memory
 from jmoe.model.families import trunk_shapes
 from jmoe.prefetching import predictor_of, prefetching, prefetching_line
 from jmoe.programs import Programs
@@ -62,7 +63,7 @@ class Engine:
         self,
         config: ModelConfig,
         runtime: RuntimeConfig,
-        plan: memory.MemoryPlan,
+        plan: MemoryPlan,
         steps: Steps,
         weights: Weights,
         *,
@@ -296,10 +297,10 @@ class Engine:
 
 def plan_for(
     config: ModelConfig, runtime: RuntimeConfig, *, trunk_bytes: int, calibration_bytes: int = 0
-) -> memory.MemoryPlan:
+) -> MemoryPlan:
     """The memory plan on this machine, as it is now."""
     host_limit, pinned_limit = memory.host_available_bytes(), memory.pinned_limit_bytes()
     if pinned_limit is not None:
         host_limit = min(host_limit, pinned_limit)
     limits = {"device_limit_bytes": memory.device_available_bytes(), "host_limit_bytes": host_limit}
-    return memory.plan_memory(config, runtime, trunk_bytes=trunk_bytes, calibration_bytes=calibration_bytes, **limits)
+    return plan_memory(config, runtime, trunk_bytes=trunk_bytes, calibration_bytes=calibration_bytes, **limits)

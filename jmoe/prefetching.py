@@ -13,6 +13,7 @@ from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.experts.look_ahead import Foresight
 from jmoe.experts.prefetch import PastRequests, make_predictor
 from jmoe.experts.prefetch_file import Calibration
+from jmoe.memory_plan import MemoryPlan
 from jmoe.stats import DecodeCalls
 
 _GUESSES = {
@@ -64,7 +65,7 @@ class Prefetching:
             self._chooser.record(num_sequences, num_rows, call)
 
 
-def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> Prefetching | None:
+def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> Prefetching | None:
     """What `runtime` asks for; None where no step prefetches."""
     needless = plan.layout.all_resident or plan.layout.num_layers < 2
     return None if runtime.prefetch == "off" or needless else Prefetching(config, runtime)
@@ -87,12 +88,12 @@ def predictor_of(
     return PastRequests(ahead) if runtime.recalls_requests else ahead
 
 
-def pays(config: ModelConfig, plan: memory.MemoryPlan, num_sequences: int) -> bool:
+def pays(config: ModelConfig, plan: MemoryPlan, num_sequences: int) -> bool:
     """Whether decode steps of so many sequences have anything to prefetch for."""
     return look_ahead.pays(plan.layout, num_sequences * config.num_experts_per_tok)
 
 
-def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: memory.MemoryPlan) -> str:
+def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> str:
     """What is prefetched, or why nothing is, for people."""
     layout, made = plan.layout, prefetching(config, runtime, plan)
     if made is None:

@@ -24,7 +24,7 @@ ROWS = (
     ("jmoe.experts.draft",),
     ("jmoe.experts.layer", "jmoe.convert", "jmoe.export", "jmoe.synthetic"),
     ("jmoe.hf_files", "jmoe.router_delta"),
-    ("jmoe.checkpoint",),
+    ("jmoe.checkpoint", "jmoe.memory_plan"),
     ("jmoe.memory", "jmoe.stats", "jmoe.tokenizer", "jmoe.traces"),
     ("jmoe.experts.prefetch",),
     ("jmoe.model", "jmoe.experts"),

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmoe import memory
+from jmoe import memory, memory_plan
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
-from jmoe.memory import GIB, MemoryPlan, plan_memory
+from jmoe.memory import GIB
+from jmoe.memory_plan import MemoryPlan, plan_memory
 from jmoe.model.attention import MAX_SCORE_BYTES, query_block
 from jmoe.model.kv_cache import init_kv_cache, kv_bytes
 from tests import models
@@ -155,7 +156,7 @@ def test_exactly_enough_is_enough() -> None:
 
 
 def test_lengths_are_chosen_and_chunks_are_no_longer_than_they() -> None:
-    assert plan().max_seq_len == memory.DEFAULT_MAX_SEQ_LEN
+    assert plan().max_seq_len == memory_plan.DEFAULT_MAX_SEQ_LEN
     assert plan(dataclasses.replace(LARGE, max_position_embeddings=1000)).max_seq_len == 1000
     short = plan(max_seq_len=100, prefill_chunk=512)
     assert (short.max_seq_len, short.prefill_chunk) == (100, 100)
@@ -164,9 +165,9 @@ def test_lengths_are_chosen_and_chunks_are_no_longer_than_they() -> None:
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ({"max_seq_len": 16384}, memory.MOST_PREFILL_ROWS),
+        ({"max_seq_len": 16384}, memory_plan.MOST_PREFILL_ROWS),
         ({"max_seq_len": 16384, "batch_size": 3}, 1024),
-        ({"max_seq_len": 1024, "batch_size": 64}, memory.LEAST_PREFILL_CHUNK),
+        ({"max_seq_len": 1024, "batch_size": 64}, memory_plan.LEAST_PREFILL_CHUNK),
         ({"max_seq_len": 2048, "device_memory_bytes": 12 * memory.GIB}, 1024),
         ({"max_seq_len": 700}, 700),
         ({"max_seq_len": 16384, "prefill_chunk": 128}, 128),
@@ -180,7 +181,7 @@ def test_chunks_are_as_long_as_there_is_cheap_room_for(sizes: dict, expected: in
 
 def test_staging_slots() -> None:
     automatic = plan().layout.num_staging
-    assert 2 <= automatic <= memory.STAGING_BYTES // LARGE.expert_bytes
+    assert 2 <= automatic <= memory_plan.STAGING_BYTES // LARGE.expert_bytes
     assert plan(staging_slots=1).layout.num_staging == 1
     assert plan(staging_slots=10**6).layout.num_staging == LARGE.num_experts
     assert plan(SMALL).layout.num_staging == SMALL.num_experts  # small experts: all at once
@@ -275,10 +276,13 @@ def test_too_little_host_memory_is_refused(device: int | None) -> None:
 @pytest.mark.parametrize("changes", [{"batch_size": 4}, {"max_seq_len": 8192}, {"prefill_chunk": 2048}])
 def test_the_workspace_grows(changes: dict[str, int]) -> None:
     sizes = {"batch_size": 1, "max_seq_len": 2048, "prefill_chunk": 512}
-    smaller, larger = (memory.workspace_bytes(LARGE, **sizes), memory.workspace_bytes(LARGE, **{**sizes, **changes}))
+    smaller, larger = (
+        memory_plan.workspace_bytes(LARGE, **sizes),
+        memory_plan.workspace_bytes(LARGE, **{**sizes, **changes}),
+    )
     assert 0 < smaller < larger
     wide = dataclasses.replace(LARGE, vocab_size=2 * LARGE.vocab_size, hidden_size=2 * LARGE.hidden_size)
-    assert memory.workspace_bytes(wide, **sizes) > smaller
+    assert memory_plan.workspace_bytes(wide, **sizes) > smaller
 
 
 @given(st.integers(0, 12), st.integers(1, 64), st.integers(1, 64), st.integers(1, 2**18))
