@@ -266,10 +266,14 @@ def _put_weights(groups: Things, group_expert, ids, weights, sums, choices: tupl
     """What each group's expert weighs for each of the rows; commits later."""
     width = choices[1] if choices[0] > 1 else weights.shape[0]
 
-    def weigh(row, _):
+    def weight(row):
+        if width == 1:
+            return jnp.where(group_expert == ids[row], weights[row], 0.0)
         pairs = groups.pairs(row * width, width)
-        routed = pairs.of(ids) == pairs.mine(group_expert)
-        sums[row, pl.ds(0, groups.count)] = jnp.sum(jnp.where(routed, pairs.of(weights), 0.0), axis=1)
+        return jnp.sum(jnp.where(pairs.of(ids) == pairs.mine(group_expert), pairs.of(weights), 0.0), axis=1)
+
+    def weigh(row, _):
+        sums[row, pl.ds(0, groups.count)] = weight(row)
 
     if choices[0] == 1:
         weigh(0, None)

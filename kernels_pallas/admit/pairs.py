@@ -28,8 +28,9 @@ def columns_of(size: int) -> int:
 
 
 def layout(width: int):
-    """Of [n, width]: a thread has a row (two, of 256), and loads neighbouring columns at once."""
+    """Of [n, width], width > 1: a thread has a row (two, of 256), and loads some neighbouring columns at once."""
     vector = math.gcd(width, VECTOR)
+    vector = vector // 2 if vector == width else vector  # Mosaic loads no row of one vector
     tiling = plgpu.Tiling(((WARPGROUP, vector), (WARP, vector)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 

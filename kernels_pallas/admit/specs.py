@@ -55,6 +55,8 @@ SPECS: tuple[AdmitSpec, ...] = (
     dataclasses.replace(_QWEN3_30B, name="b32_all_resident", num_rows=32, num_slots=128, admits=False),
     dataclasses.replace(_QWEN3_30B, name="chosen_twice", num_rows=2, chosen_twice=True),
     AdmitSpec(name="mixtral", num_experts=8, num_slots=3, num_chosen=2, num_rows=2),
+    AdmitSpec(name="gpt_oss_20b", num_experts=32, num_slots=12, num_chosen=4, num_rows=2),
+    AdmitSpec(name="llama4_scout", num_experts=16, num_slots=5, num_chosen=1, num_rows=3),
     AdmitSpec(name="deepseek_v2_lite", num_experts=64, num_slots=27, num_chosen=6),
     AdmitSpec(name="experts_256", num_experts=256, num_slots=100, num_chosen=8, num_rows=4),
     AdmitSpec(name="odd", num_experts=7, num_slots=5, num_chosen=3, num_rows=3, share_taken=0.5),

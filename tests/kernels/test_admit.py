@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax import export
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the races found have no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -13,7 +14,9 @@ from kernels_pallas.admit.result import NONE, Admitted
 from kernels_pallas.admit.specs import SPECS, AdmitSpec
 
 SMALL = tuple(
-    spec for spec in SPECS if spec.name in ("empty_slots", "all_resident", "mixtral", "deepseek_v2_lite", "odd")
+    spec
+    for spec in SPECS
+    if spec.name in ("empty_slots", "all_resident", "mixtral", "gpt_oss_20b", "llama4_scout", "deepseek_v2_lite", "odd")
 )
 
 
@@ -37,6 +40,15 @@ def test_the_kernel_is_the_reference(spec: AdmitSpec) -> None:
         inputs = jax.tree.map(jax.numpy.asarray, spec.make(seed))
         assert_same(kernel(*inputs), plain(*inputs))
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_30b", "all_resident", "b8", "mixtral", "gpt_oss_20b", "llama4_scout", "experts_256", "odd"]
+)
+def test_the_kernel_compiles_for_cuda(name: str) -> None:
+    inputs = next(spec for spec in SPECS if spec.name == name).make()
+    exported = export.export(jax.jit(mosaic_gpu.admit), platforms=["cuda"])(*inputs)
+    assert str(exported.mlir_module()).count("custom_call @mosaic_gpu_v2") == 1
 
 
 def test_any_expert_that_lies_somewhere_has_its_slot() -> None:

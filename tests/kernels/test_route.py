@@ -2,9 +2,11 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the races found have no public name
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -31,6 +33,14 @@ def test_the_kernel_is_the_reference(spec: RouteSpec) -> None:
         np.testing.assert_array_equal(expert_ids, wanted_ids)
         np.testing.assert_allclose(weights, wanted_weights, rtol=2e-6)
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("name", ["qwen3_30b", "mixtral", "deepseek_v2_lite", "experts_256", "one_of_12"])
+def test_the_kernel_compiles_for_cuda(name: str) -> None:
+    spec = next(spec for spec in SPECS if spec.name == name)
+    run = functools.partial(mosaic_gpu.route, num_chosen=spec.num_chosen, normalize=spec.normalize)
+    exported = export.export(jax.jit(run), platforms=["cuda"])(*spec.make())
+    assert str(exported.mlir_module()).count("custom_call @mosaic_gpu_v2") == 1
 
 
 def test_what_is_chosen_weighs_something() -> None:
