@@ -1,5 +1,7 @@
 """Grouped-query attention with q/k norms over a KV cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -96,13 +98,18 @@ def attend(
         return reference.attend(queries, keys, values, positions, sliding_window)
     batch, num_queries = queries.shape[:2]
 
-    def one(args):
-        return reference.attend(args[0], keys, values, args[1], sliding_window)
-
     # A backward pass computes the scores again: kept, they would be what blocks are there to avoid.
-    one = jax.checkpoint(one, prevent_cse=False)
-    blocked = jnp.moveaxis(queries.reshape(batch, num_queries // block, block, *queries.shape[2:]), 1, 0)
-    out = jax.lax.map(one, (blocked, jnp.moveaxis(positions.reshape(batch, -1, block), 1, 0)))
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(queries, positions):
+        return reference.attend(queries, keys, values, positions, sliding_window)
+
+    def replace(n, blocks):
+        """With what attention gives in place of the queries: XLA would make an array for each layer's at once."""
+        return blocks.at[n].set(one(blocks[n], block_positions[n]))
+
+    blocks = jnp.moveaxis(queries.reshape(batch, num_queries // block, block, *queries.shape[2:]), 1, 0)
+    block_positions = jnp.moveaxis(positions.reshape(batch, -1, block), 1, 0)
+    out = jax.lax.fori_loop(0, num_queries // block, replace, blocks)
     return jnp.moveaxis(out, 0, 1).reshape(queries.shape)
 
 
