@@ -13,6 +13,7 @@ from kernels_pallas.decode_attention import api as decode_attention_api
 from kernels_pallas.expert_mlp import api as expert_mlp_api
 from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.norm_linear import api as norm_linear_api
+from kernels_pallas.prefetch import api as prefetch_api
 from kernels_pallas.route import api as route_api
 
 
@@ -36,6 +37,8 @@ def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -
         "decode_attention": decode_attention_api.choose(name, qkv, keys, heads),
         "norm_linear": norm_linear_api.choose(name, rows, qkv_kernel),
     }
+    if runtime.most_prefetched:
+        chosen["prefetch"] = prefetch_api.resolve(name)
     problem = backends.mosaic_gpu_problem()
     why = f" ({problem})" if problem and name is None else ""
     names = {each: ", ".join(op for op in chosen if chosen[op] == each) for each in chosen.values()}
