@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from tools.plot_trace import between, draw, main
-from tools.profile_decode import Kernel
+from tools.plot_trace import COLOURS, between, draw, main
+from tools.profile_decode import KERNEL_SCOPES, LANES, OTHER, SCOPES, Kernel
 
 KERNELS = [
     Kernel("copy_plan", "fetch", 5e6, 2e6),
@@ -20,13 +20,20 @@ def test_a_stretch_of_a_trace_counts_from_its_beginning():
         ("multiply_groups", 2e6),
         ("fusion_3", 7e6),
     ]
-    assert [(k.name, k.start_ns) for k in between(KERNELS, 1, 4)] == [("multiply_groups", 1e6)]
+    assert [(k.name, k.start_ns, k.duration_ns) for k in between(KERNELS, 1, 1.5)] == [
+        ("copy_plan", 0, 1e6),
+        ("multiply_groups", 1e6, 0.5e6),
+    ]
 
 
 @pytest.mark.parametrize("found", [KERNELS, []])
 def test_a_stretch_without_kernels_is_refused(found):
     with pytest.raises(ValueError, match="no kernel from 50 ms for 2 ms; the trace has"):
         between(found, 50, 2)
+
+
+def test_whatever_a_kernel_is_of_has_a_lane_and_a_colour():
+    assert {*SCOPES, *KERNEL_SCOPES.values(), OTHER} == set(LANES) == set(COLOURS)
 
 
 def test_it_draws_a_lane_for_each_kind_of_kernel(tmp_path):

@@ -14,10 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.command import exit_code
-from tools.profile_decode import OTHER, SCOPES, Kernel, kernels
+from tools.profile_decode import LANES, Kernel, kernels
 
-# Distinct to the colour-blind (Okabe and Ito).
-COLOURS = ("#0072B2", "#999999", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#F0E442", "#555555")
+# Distinct to the colour-blind (Okabe and Ito); what is seldom seen together shares one.
+COLOURS = {
+    "prefetch": "#0072B2",
+    "projections": "#E69F00",
+    "attention": "#56B4E9",
+    "mlp": "#F0E442",
+    "router": "#CC79A7",
+    "admit": "#D55E00",
+    "fetch": "#0072B2",
+    "experts": "#009E73",
+    "head": "#F0E442",
+    "sample": "#555555",
+    "other": "#999999",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,16 +56,17 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def between(found: Sequence[Kernel], from_ms: float, ms: float) -> list[Kernel]:
-    """The kernels of a stretch of the trace, their times counted from its beginning.
+    """What runs in a stretch of the trace, as far as it does so there, times counted from its beginning.
 
-    Raises ValueError where there is none.
+    Raises ValueError where nothing does.
     """
     first = min((kernel.start_ns for kernel in found), default=0.0) + from_ms * 1e6
-    inside = [
-        Kernel(kernel.name, kernel.scope, kernel.start_ns - first, kernel.duration_ns)
-        for kernel in found
-        if first <= kernel.start_ns < first + ms * 1e6
-    ]
+    inside = []
+    for kernel in found:
+        start = max(kernel.start_ns - first, 0.0)
+        end = min(kernel.start_ns + kernel.duration_ns - first, ms * 1e6)
+        if start < end:
+            inside.append(Kernel(kernel.name, kernel.scope, start, end - start))
     if not inside:
         whole = max((kernel.start_ns for kernel in found), default=0.0) - first
         raise ValueError(
@@ -71,13 +84,12 @@ def draw(found: Sequence[Kernel], file: Path, title: str) -> None:
     spans: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     for kernel in found:
         spans[kernel.scope].append((kernel.start_ns / 1e6, kernel.duration_ns / 1e6))
-    lanes = [scope for scope in (*SCOPES, OTHER) if scope in spans]
+    lanes = [scope for scope in LANES if scope in spans]
     figure = Figure(figsize=(11, 0.8 + 0.4 * len(lanes)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for lane, scope in enumerate(lanes):
-        colour = COLOURS[(*SCOPES, OTHER).index(scope) % len(COLOURS)]
-        axes.broken_barh(spans[scope], (lane - 0.4, 0.8), facecolors=colour)
+        axes.broken_barh(spans[scope], (lane - 0.4, 0.8), facecolors=COLOURS[scope])
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=title)

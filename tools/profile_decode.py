@@ -29,11 +29,12 @@ from tools.random_weights import random_weights
 from tools.workload import Lengths, random_workload
 
 SCOPES = ("prefetch", "attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
-OTHER = "other"
+OTHER, PROJECTIONS = "other", "projections"
+LANES = (SCOPES[0], PROJECTIONS, *SCOPES[1:], OTHER)  # what a kernel may be of
 # A Pallas kernel has the name of its function, and this behind it.
 MOSAIC_SUFFIX = "_mosaic_gpu_kernel"
 KERNEL_SCOPES = {
-    "project": "projections",  # of attention and router
+    "project": PROJECTIONS,  # of attention and router
     "attend": "attention",
     "add_parts": "attention",
     "route_rows": "router",
