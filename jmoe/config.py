@@ -199,7 +199,7 @@ class RuntimeConfig:
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
     `draft_policy`; None is all that have a slot. `draft_missing` says what becomes of the choice of others.
 
-    `prefetch` brings `prefetch_experts` of each layer (0.5: half an expert) while its attention runs, those that it
+    `prefetch` brings `prefetch_experts` of each layer (0.25: a quarter of one) while its attention runs, those that it
     will most probably miss (docs/prefetch.md). "lookahead" guesses in the layer before, "activation" from past
     requests, "both" in the layer before, and from past requests for the first; "auto" looks ahead and measures what
     amount is fastest, of none to one expert.
@@ -228,7 +228,7 @@ class RuntimeConfig:
     draft_policy: DraftPolicy = "hot"
     draft_missing: Missing = "reroute"
     prefetch: Prefetching = "off"
-    prefetch_experts: float = 0.5
+    prefetch_experts: float = 0.25
     execute_guess: float | None = None
 
     def __post_init__(self) -> None:

@@ -327,11 +327,11 @@ def line(**runtime) -> str:
 
 
 def test_what_the_engine_says() -> None:
-    assert line() == "prefetch of 0.5 experts a layer, at most 3.00 KiB a step, while attention runs"
+    assert line() == "prefetch of 0.25 experts a layer, at most 1.50 KiB a step, while attention runs"
     assert "at most 12.00 KiB a step" in line(prefetch_experts=2)
     assert "of 0, 0.25, 0.5, 1 experts a layer, whichever is fastest, at most 6.00 KiB a step" in line(prefetch="auto")
-    assert "0.5 experts a layer, guessed from past requests, at most 6.00 KiB a step" in line(prefetch="activation")
-    first = "guessed in the layer before and, for the first, from past requests, at most 6.00 KiB a step"
+    assert "0.25 experts a layer, guessed from past requests, at most 3.00 KiB a step" in line(prefetch="activation")
+    first = "guessed in the layer before and, for the first, from past requests, at most 3.00 KiB a step"
     assert first in line(prefetch="both")
     assert line(batch_size=3).endswith(
         "; not for 3 sequences together, which may ask for 6 experts of a layer of 2 slots"

@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--residency-policy", choices=POLICIES, help="default: the engine's")
     parser.add_argument("--prefetch", choices=(*get_args(Prefetching), "oracle"), default="off", help="default: off")
     parser.add_argument(
-        "--prefetch-experts", type=float, nargs="+", metavar="X", help="of each layer: a row each; default: 0.5"
+        "--prefetch-experts", type=float, nargs="+", metavar="X", help="of each layer: a row each; default: 0.25"
     )
     parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
     args = parser.parse_args(argv)
@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "add one of them"
         )
     args.prompts = args.prompts or PROMPTS
-    args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.5]
+    args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.25]
     return args
 
 
