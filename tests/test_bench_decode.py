@@ -78,7 +78,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts_of(monkeypatch: pytest.MonkeyPatch, *argv: str) -> np.ndarray:
     monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
     monkeypatch.setattr(bench_decode, "memory_gbps", lambda: 3.0)
-    sizes = ["--batch-size", "2", "--repeats", "2", "--prompt-tokens", "7"]
+    sizes = ["--batch-sizes", "2", "--repeats", "2", "--prompt-tokens", "7"]
     return bench_decode.Bench(bench_decode.parse([*argv, *sizes])).prompts
 
 
@@ -146,6 +146,20 @@ def test_a_row_for_each_amount_that_is_prefetched(bench) -> None:
     assert ahead["hit_rate"] == plain["hit_rate"]
     assert 0 < ahead["early_mb"] < plain["mb_per_token"]
     assert ahead["mb_per_token"] == pytest.approx(plain["mb_per_token"] + ahead["wasted_mb"])
+
+
+def test_a_row_for_each_batch_size(bench) -> None:
+    lines = bench("--shares", "0.5", "--batch-sizes", "3", "1", "--layers", "1")
+    alone, three, reference, reference_of_three = json.loads(lines[-1])["rows"]
+    assert [row["batch"] for row in (alone, three, reference, reference_of_three)] == [1, 3, 1, 3]
+    assert three["tokens_per_s"] == pytest.approx(3e3 / three["ms_per_step"])
+    assert three["planned_bytes"] > alone["planned_bytes"]
+
+
+def test_an_oracle_is_of_one_batch_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--config", str(TINY), "--prefetch", "oracle", "--batch-sizes", "1", "8"])
+    assert "oracle knows what one of --batch-sizes asks for" in capsys.readouterr().err
 
 
 def test_an_oracle_is_always_right(bench) -> None:

@@ -65,6 +65,7 @@ def test_kernels_beside_each_other_are_busy_once() -> None:
     assert busy_ns([*made, Kernel("d", "admit", 9000, 10)]) == 6010
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profile_decode.main(["--config", TINY, "--layers", "1", "--steps", "2", "--prompt-tokens", "8"]) == 2
+@pytest.mark.parametrize("what", [[], ["--prefill"]])
+def test_without_a_gpu_it_says_so(what: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile_decode.main(["--config", TINY, "--layers", "1", "--steps", "2", "--prompt-tokens", "8", *what]) == 2
     assert "is there a GPU?" in capsys.readouterr().err

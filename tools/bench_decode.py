@@ -1,7 +1,7 @@
 """Decode at several resident shares: ms a token, hit rate, bytes, and percent of the link roofline at that hit rate.
 
     python -m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat
-    python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1
+    python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1 --batch-sizes 1 8 32
     python -m tools.bench_decode --model path/to/checkpoint --prefetch lookahead --prefetch-experts 0 0.25 0.5 1
     python -m tools.bench_decode --model path/to/checkpoint --prefetch both --prefetch-experts 0.5
     python -m tools.bench_decode --model path/to/checkpoint --prefetch oracle --prefetch-experts 0 1 2 4
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--random-weights", choices=("sticky", "flat"), default="flat")
     parser.add_argument("--layers", type=int, help="number of decoder layers, if not the configuration's")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0], help="ascending")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="rows of each, ascending")
     parser.add_argument("--prompts", type=Path, help=f"with --model: JSON lines (default: {PROMPTS.name} of configs)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=96)
@@ -91,6 +91,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "argument --prefetch-experts: is what --prefetch lookahead, activation, both or oracle brings; "
             "add one of them"
         )
+    if args.prefetch == "oracle" and len(args.batch_sizes) > 1:
+        parser.error("argument --prefetch: oracle knows what one of --batch-sizes asks for; give one")
     args.prompts = args.prompts or PROMPTS
     args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.25]
     return args
@@ -103,9 +105,12 @@ def read_model(path: Path | None, args: argparse.Namespace) -> ModelConfig:
 
 
 def requests_for(path: Path | None, config: ModelConfig, args: argparse.Namespace) -> list[Request]:
-    """A batch for each run, of --prompt-tokens tokens each. Raises ValueError, with the prompts that are too short."""
+    """A batch for each run, the largest of --batch-sizes, of --prompt-tokens tokens each.
+
+    Raises ValueError, with the prompts that are too short.
+    """
     sizes: dict[str, Any] = {
-        "num_requests": (1 + args.repeats) * args.batch_size,
+        "num_requests": (1 + args.repeats) * max(args.batch_sizes),
         "prompt_tokens": Lengths.constant(args.prompt_tokens),
         "new_tokens": Lengths.constant(args.new_tokens),
         "seed": args.seed,
@@ -140,7 +145,6 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float, hbm_gbps
         "link_ceiling_gbps": round(ceiling, 2),
         "hbm_ceiling_gbps": round(hbm_gbps, 1),
         "roofline_tokens_per_s_without_hits": round(ceiling * 1e9 / routed, 1),
-        "batch_size": args.batch_size,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "temperature": args.temperature,
@@ -155,23 +159,23 @@ class Bench:
         self.args, self.config = args, read_model(path, args)
         requests = requests_for(path, self.config, args)
         prompts = [request.prompt_ids for request in requests]
-        self.prompts = np.array(prompts).reshape(1 + args.repeats, args.batch_size, args.prompt_tokens)
+        self.prompts = np.array(prompts).reshape(1 + args.repeats, -1, args.prompt_tokens)
         memory.configure_backend(self.config)
         self.ceiling, self.hbm_gbps = memory.measure_link_gbps(), memory_gbps()
         self.weights = self._weights(path)
         say = functools.partial(print, flush=True)
         looks_ahead = args.prefetch in ("lookahead", "both", "auto")
         self.calibration = load_calibration(path, self.config, say) if path and looks_ahead else None
-        self.oracle = self._record() if args.prefetch == "oracle" else None
+        self.oracle = self._record(*args.batch_sizes) if args.prefetch == "oracle" else None
         gc.collect()  # the slots of that engine
 
-    def _record(self) -> Oracle:
+    def _record(self, batch_size: int) -> Oracle:
         """Of all runs to come: what is asked for does not depend on what has a slot."""
-        runtime = dataclasses.replace(self.runtime(self.config.num_experts_per_tok), record_routing=True)
+        runtime = dataclasses.replace(self.runtime(batch_size, self.config.num_experts_per_tok), record_routing=True)
         engine = Engine.start(self.config, runtime, lambda: self.weights, programs=kept_programs())
         traces = []
         for repeat, prompts in enumerate(self.prompts):
-            generation = engine.generate(prompts.tolist(), self.sampling(repeat))
+            generation = engine.generate(prompts[:batch_size].tolist(), self.sampling(batch_size, repeat))
             generation.results()
             traces.append(generation.trace)
         made = Oracle.of(traces)
@@ -189,14 +193,14 @@ class Bench:
         print(f"weights: {weights.store.nbytes / 1e9:.1f} GB of experts pinned in {took:.1f} s", flush=True)
         return weights
 
-    def runtime(self, expert_slots: int, prefetch_experts: float = 0.0) -> RuntimeConfig:
+    def runtime(self, batch_size: int, expert_slots: int, prefetch_experts: float = 0.0) -> RuntimeConfig:
         args = self.args
         kind = "lookahead" if args.prefetch == "oracle" else args.prefetch
         ahead = {"prefetch": kind, "prefetch_experts": prefetch_experts} if prefetch_experts else {}
         return RuntimeConfig(
             expert_slots=expert_slots,
             staging_slots=args.staging_slots,
-            batch_size=args.batch_size,
+            batch_size=batch_size,
             max_seq_len=args.max_seq_len,
             prefill_chunk=args.prefill_chunk,
             decode_chunk=args.decode_chunk,
@@ -206,26 +210,26 @@ class Bench:
             **ahead,
         )
 
-    def sampling(self, repeat: int) -> list[SamplingParams]:
+    def sampling(self, batch_size: int, repeat: int) -> list[SamplingParams]:
         args = self.args
         return [
             SamplingParams(
                 max_new_tokens=args.new_tokens, temperature=args.temperature, seed=1000 * repeat + n, ignore_eos=True
             )
-            for n in range(args.batch_size)
+            for n in range(batch_size)
         ]
 
-    def share(self, share: float, prefetch_experts: float) -> dict:
+    def share(self, batch_size: int, share: float, prefetch_experts: float) -> dict:
         """Through the slots, with this share of each layer's experts in them; of each layer so many come early."""
 
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
-        runtime = self.runtime(slots, prefetch_experts)
+        runtime = self.runtime(batch_size, slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
         engine = Engine.start(self.config, runtime, lambda: self.weights, programs=kept_programs(), **knows)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
-            generation = engine.generate(prompts.tolist(), self.sampling(repeat))
+            generation = engine.generate(prompts[:batch_size].tolist(), self.sampling(batch_size, repeat))
             generation.results()
             if repeat == 0:
                 first_run_s = time.perf_counter() - start
@@ -234,7 +238,7 @@ class Bench:
         hits = sum(run.decode.hits for run in runs)
         misses = sum(run.decode.misses for run in runs)
         tokens = sum(run.num_decode_tokens for run in runs)
-        row = timing([call for run in runs for call in run.decode_calls[1:]], self.args.batch_size)
+        row = timing([call for run in runs for call in run.decode_calls[1:]], batch_size)
         mean_ms = 1e3 * sum(run.decode_s for run in runs) / sum(run.num_decode_steps for run in runs)
         link_bytes = sum(run.link_bytes for run in runs)
         early = sum((run.prefetch for run in runs if run.prefetch), PrefetchStats()) if prefetch_experts else None
@@ -243,6 +247,7 @@ class Bench:
         hbm_gbps = self.read_bytes((hits + misses) / steps) / mean_ms / 1e6
         peak, planned = memory.peak_device_bytes(), engine.plan.device_bytes
         return {
+            "batch": batch_size,
             "share": share,
             "prefetch": self.args.prefetch if self.args.prefetch == "auto" else prefetch_experts or None,
             "slots": slots,
@@ -269,12 +274,12 @@ class Bench:
         trunk = sum(leaf.nbytes for path, leaf in params.items() if tied or path != "embed/embedding")
         return trunk + num_experts * self.config.expert_bytes
 
-    def reference(self) -> dict:
+    def reference(self, batch_size: int) -> dict:
         """The same steps with every expert on the device: nothing to admit, nothing to fetch."""
-        requests = [self.sampling(repeat) for repeat in range(len(self.prompts))]
-        return reference_row(
-            self.weights, self.config, self.runtime(self.config.num_experts_per_tok), self.prompts, requests
-        )
+        requests = [self.sampling(batch_size, repeat) for repeat in range(len(self.prompts))]
+        runtime = self.runtime(batch_size, self.config.num_experts_per_tok)
+        row = reference_row(self.weights, self.config, runtime, self.prompts[:, :batch_size], requests)
+        return {"batch": batch_size, **row}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,12 +294,12 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{name:<36}{value}", flush=True)
     print_row(None)
     rows = []
-    for share, amount in itertools.product(sorted(args.shares), args.prefetch_experts):
-        rows.append(bench.share(share, amount))
+    for ways in itertools.product(sorted(args.batch_sizes), sorted(args.shares), args.prefetch_experts):
+        rows.append(bench.share(*ways))
         print_row(rows[-1])
         gc.collect()
-    if not args.no_reference:
-        rows.append(bench.reference())
+    for batch_size in [] if args.no_reference else sorted(args.batch_sizes):
+        rows.append(bench.reference(batch_size))
         print_row(rows[-1])
     print(json.dumps({"card": facts, "rows": rows}))
 

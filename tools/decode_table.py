@@ -16,6 +16,7 @@ def timing(calls: list[tuple[int, float]], batch_size: int) -> dict:
 
 
 COLUMNS = (
+    ("batch", "{}"),
     ("share", "{}"),
     ("prefetch", "{}"),
     ("ttft_s", "{:.3f}"),

@@ -1,13 +1,15 @@
 """Where the time of a decode step goes, kernel by kernel: python -m tools.profile_decode --config … --layers 12
 
-Runs decode calls under jax's profiler and adds up what the device did: time and kernels a step by the named scope of
-the code (prefetch, attention, router, admit, fetch, experts, head, sample), the longest kernels, and how long none ran.
+Runs decode calls (with --prefill the chunks of a prompt instead, each a step) under jax's profiler and adds up what the
+device did: time and kernels a step by the named scope of the code (prefetch, attention, router, admit, fetch, experts,
+head, sample), the longest kernels, and how long none ran.
 `alone` is the part of a scope's time when no other's kernel ran: of a prefetch what comes late, and is waited for.
 `norm_linear` serves attention and router under one name, and is a line of its own: projections.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,9 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from jmoe import memory
+from jmoe.batch import prompt_chunks
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.engine import Engine
+from jmoe.generation import Generation
 from tools.command import exit_code
 from tools.random_weights import random_weights
 from tools.workload import Lengths, random_workload
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefetch-experts", type=float, metavar="X", help="of each layer; default: no prefetch")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--prefill", action="store_true", help="profile a prompt instead of decode steps")
     parser.add_argument("--steps", type=int, default=32, help="decode steps to profile")
     parser.add_argument("--longest", type=int, default=25, help="how many kernels to name")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="keep the profiler's trace there")
@@ -95,12 +100,13 @@ def _run(options: argparse.Namespace) -> None:
     engine = Engine.start(config, runtime, lambda: random_weights(config, "flat", 0))
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.trace or Path(scratch)
-        steps = profile(engine, options, directory)
-        report(list(kernels(directory, scopes(compiled_text(engine)))), steps, options.longest)
+        steps = (profile_prefill if options.prefill else profile)(engine, options, directory)
+        names = scopes(compiled_text(engine, prefill=options.prefill))
+        report(list(kernels(directory, names)), steps, options.longest)
 
 
-def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
-    """Decodes under the profiler; the number of steps in the trace."""
+def generate(engine: Engine, options: argparse.Namespace) -> Generation:
+    """Continues a batch of random prompts."""
     constant = Lengths.constant
     requests = random_workload(
         engine.config.vocab_size,
@@ -110,8 +116,21 @@ def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int
         seed=0,
     )
     sampling = SamplingParams(max_new_tokens=1 + 2 * options.steps, temperature=1.0, ignore_eos=True)
-    generation = iter(engine.generate([list(request.prompt_ids) for request in requests], sampling))
-    seen = 0
+    return engine.generate([list(request.prompt_ids) for request in requests], sampling)
+
+
+def profile_prefill(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
+    """Takes in the prompts under the profiler, after a first time; the number of chunks."""
+    with contextlib.closing(generate(engine, options)) as first:
+        next(iter(first))
+    with contextlib.closing(generate(engine, options)) as generation, jax.profiler.trace(str(directory)):
+        next(iter(generation))
+    return -(-options.prompt_tokens // engine.plan.prefill_chunk)
+
+
+def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
+    """Decodes under the profiler; the number of steps in the trace."""
+    generation, seen = iter(generate(engine, options)), 0
     for delta in generation:  # the prompt, and the first calls
         seen += delta.index == 0 and len(delta.token_ids)
         if seen > options.steps // 2:
@@ -120,14 +139,19 @@ def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int
         return sum(len(delta.token_ids) for delta in generation if delta.index == 0)
 
 
-def compiled_text(engine: Engine) -> str:
-    """XLA's program of the decode step, whose instructions give kernels their names."""
+def compiled_text(engine: Engine, *, prefill: bool) -> str:
+    """XLA's program of the step, whose instructions give kernels their names."""
     weights, batch = engine.weights, engine.plan.batch_size
     params = [SamplingParams(temperature=1.0, ignore_eos=True)] * batch
     state = engine.new_state(batch, [1] * batch)
-    one = jnp.asarray(1, jnp.int32)
-    inputs = engine.steps, weights.params, weights.store, state, batch_sampling(params, ()), one
-    static = {"capacity": engine.runtime.decode_chunk, "mode": sampling_mode(params)}
+    inputs, sampling = (engine.steps, weights.params, weights.store, state), batch_sampling(params, ())
+    mode, one = sampling_mode(params), jnp.asarray(1, jnp.int32)
+    if prefill:
+        chunk = next(prompt_chunks([[0] * engine.plan.prefill_chunk] * batch, engine.plan.prefill_chunk))
+        lowered = engine.steps.prefill.lower(*inputs, chunk, sampling, mode=mode)
+        engine.give_back(state)
+        return lowered.compile().as_text() or ""
+    inputs, static = (*inputs, sampling, one), {"capacity": engine.runtime.decode_chunk, "mode": mode}
     if engine.prefetching:
         most = engine.prefetching.num_experts
         lowered = engine.steps.decode_prefetching.lower(*inputs, engine.predictor, one, prefetch_experts=most, **static)
