@@ -127,6 +127,7 @@ def _plans(misses: int, options: argparse.Namespace) -> list[Admitted]:
             "plan_experts": experts[first],
             "plan_slots": slots[first],
             "count": np.int32(misses),
+            "num_used": np.int32(NUM_GROUPS),
             "num_hits": np.int32(NUM_GROUPS - misses),
         }
         plans.append(Admitted(**{name: jnp.asarray(value) for name, value in plan.items()}))

@@ -153,7 +153,7 @@ class DraftExperts(MoE):
         kept = rerouted(routing, stand_in) if self.reroutes else substituted(routing, stand_in)
         ids, weights, used = kept.expert_ids, kept.combine_weights, tokens_of_experts(kept.expert_ids, stand_in.size)
         here = admit(ids, weights, used, None, layer.slot_of, layer.owner, implementation=self.implementation)
-        groups = Groups(here.group_experts, here.group_weights, ids.shape[1])
+        groups = Groups.of(here, ids.shape[1])
         y = multiply(x, self.slots.layers[moe_layer], here.group_slots, groups, self.implementation)
         return y.astype(x.dtype), carry
 

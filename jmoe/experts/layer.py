@@ -35,19 +35,24 @@ from kernels_pallas.prefetch.arrivals import Arrivals
 class Groups:
     """The distinct experts of a routing, ascending, each with the weight of every row; then some that weigh nothing.
 
-    No row is in more than `per_row` groups.
+    No row is in more than `per_row` groups, and `count` groups have a row, if that is known.
     """
 
     expert_ids: Int[Array, " G"]
     weights: Float[Array, "G T"]
     per_row: int = dataclasses.field(metadata={"static": True})
+    count: Int[Array, ""] | None = None
+
+    @classmethod
+    def of(cls, admitted: Admitted, per_row: int) -> "Groups":
+        return cls(admitted.group_experts, admitted.group_weights, per_row, admitted.num_used)
 
     def only(self, chosen: Bool[Array, " G"], size: int) -> "Groups":
         """The chosen groups, at most `size` of them, in their order."""
-        at = grouping.compact(chosen, size)
-        kept = jnp.arange(size) < jnp.sum(chosen)
+        at, count = grouping.compact(chosen, size), jnp.sum(chosen, dtype=jnp.int32)
+        kept = jnp.arange(size) < count
         expert_ids, weights = jnp.where(kept, self.expert_ids[at], NONE), self.weights[at]
-        return Groups(expert_ids, jnp.where(kept[:, None], weights, 0.0), self.per_row)
+        return Groups(expert_ids, jnp.where(kept[:, None], weights, 0.0), self.per_row, count)
 
 
 def tokens_of_experts(expert_ids: Int[Array, "*L T A"], num_experts: int) -> Int[Array, "*L E"]:
@@ -67,15 +72,14 @@ def group_by_expert(routing: Routing, num_experts: int) -> Groups:
     needed = tokens_of_experts(routing.expert_ids, num_experts) > 0
     num_groups = min(routing.expert_ids.size, num_experts)
     expert_ids, weights = grouping.group(routing.expert_ids, routing.combine_weights, needed, num_groups)
-    return Groups(jnp.maximum(expert_ids, 0), weights, per_row)
+    return Groups(jnp.maximum(expert_ids, 0), weights, per_row, jnp.sum(needed, dtype=jnp.int32))
 
 
 def multiply(x: Float[Array, "T D"], slots, at: Int[Array, " G"], groups: Groups, implementation: str | None):
     """Each row with its groups, whose experts lie in the slots `at`: [T, D], float32."""
     with jax.named_scope("experts"):
-        return expert_mlp(
-            x, slots, at, groups.weights, max_groups_per_row=groups.per_row, implementation=implementation
-        )
+        named = at, groups.weights, groups.count
+        return expert_mlp(x, slots, *named, max_groups_per_row=groups.per_row, implementation=implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,16 +246,25 @@ class OffloadedExperts(MoE):
         """Where there is a slot for every expert: slot s holds expert s, and nothing changes."""
         slots = self.slots.layers[moe_layer]
         with jax.named_scope("admit"):
-            groups = group_by_expert(routing, self.layout.num_experts)
-        y = multiply(x, slots, groups.expert_ids, groups, self.implementation)
+            at, groups = self._groups(moe_layer, routing)
+        y = multiply(x, slots, at, groups, self.implementation)
         return y, dataclasses.replace(carry, slots=(*carry.slots, slots))
+
+    def _groups(self, moe_layer: int, routing: Routing) -> tuple[Int[Array, " G"], Groups]:
+        """With the slot of each, where every expert has one: of several tokens the kernel that admits finds them."""
+        num_rows, per_row = routing.expert_ids.shape
+        if num_rows == 1:
+            groups = group_by_expert(routing, self.layout.num_experts)
+            return groups.expert_ids, groups
+        admitted = self._admit(moe_layer, routing, admits=False)
+        return admitted.group_slots, Groups.of(admitted, per_row)
 
     def _from_slots_and_store(self, moe_layer: int, x, routing: Routing, carry: Progress):
         slots, staging = self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
-            admitted = self._admit(moe_layer, routing)
+            admitted = self._admit(moe_layer, routing, admits=self.admits)
         after = LayerResidency(admitted.slot_of, admitted.owner)
-        groups = Groups(admitted.group_experts, admitted.group_weights, routing.expert_ids.shape[1])
+        groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
             arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
@@ -269,11 +282,11 @@ class OffloadedExperts(MoE):
         )
         return y, progress
 
-    def _admit(self, moe_layer: int, routing: Routing) -> Admitted:
-        """Which experts of the layer get which slots, if the step admits; and the groups."""
+    def _admit(self, moe_layer: int, routing: Routing, *, admits: bool) -> Admitted:
+        """Which experts of the layer get which slots, if it admits; and the groups."""
         residency, value = self.slots.residency, None
         used = tokens_of_experts(routing.expert_ids, self.layout.num_experts)
-        if self.admits:
+        if admits:
             row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked[self.policy])
             value = POLICIES[self.policy].value(row, used, residency.clock)
         before = residency.layers[moe_layer]
@@ -312,8 +325,8 @@ class OffloadedExperts(MoE):
             y, staging = state
             expert_ids = jax.lax.dynamic_slice_in_dim(away.expert_ids, n * size, size)
             weights = jax.lax.dynamic_slice_in_dim(away.weights, n * size, size)
-            comers = Groups(expert_ids, weights, groups.per_row)
             plan = FetchPlan(jnp.maximum(expert_ids, 0), places, jnp.minimum(num_missing - n * size, size))
+            comers = Groups(expert_ids, weights, groups.per_row, plan.count)
             staging = self._fetch(moe_layer, staging, plan)
             arrived = jnp.where(places < plan.count, places, 0)  # what no expert came to is not read
             return y + multiply(x, staging, arrived, comers, self.implementation), staging

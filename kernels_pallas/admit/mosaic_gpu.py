@@ -25,7 +25,7 @@ NOBODY = -2  # equals neither an expert nor a slot nor NONE
 
 # Rows of the table: of experts, of slots, of candidates.
 VALUE, SLOT_OF, OWNER, VICTIM, RANK, EXPERT, HELD, KEY, PLACE, ORDER, TAKEN, NUM_ROWS = range(12)
-NUM_RESULTS = 9  # of integers, each as long: three of the groups, two of the plan, two of the residency, two counts
+NUM_RESULTS = 10  # of integers, each as long: three of the groups, two of the plan, two of the residency, three counts
 
 # Each row is written once, and read after a commit, which is a barrier too.
 COMPILER_PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
@@ -48,7 +48,7 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
     num_entries = min(num_groups, num_slots) if admits else 0
     groups, entries, threads = whole(num_groups), whole(num_entries), whole(num_experts, WARPGROUP)
     num_ids = whole(expert_ids.size)
-    sizes = 1, 1, groups, groups, groups, *((entries, entries) if admits else ())
+    sizes = 1, 1, 1, groups, groups, groups, *((entries, entries) if admits else ())
     kernel = plgpu.kernel(
         _kernel(expert_ids.shape, num_experts, num_slots, admits),
         out_type=(
@@ -72,7 +72,7 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
     slot_of, owner = (_filled(row, NONE) for row in (slot_of, owner))
     refs = [jax.new_ref(slot_of), jax.new_ref(owner)] if admits else []
     inputs = (*refs, _filled(value, 0)) if admits else (slot_of,)
-    weights, count, hits, *rows = kernel(ids, weights.astype(jnp.float32), *inputs)
+    weights, count, num_used, hits, *rows = kernel(ids, weights.astype(jnp.float32), *inputs)
     slot_of, owner = map(jax.freeze, refs) if refs else (slot_of, owner)
     group_experts, group_slots, group_fetched, *plan = rows
     plan = plan or [jnp.zeros((0,), jnp.int32)] * 2
@@ -86,6 +86,7 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
         plan[0][:num_entries],
         plan[1][:num_entries],
         count[0],
+        num_used[0],
         hits[0],
     )
 
@@ -102,7 +103,9 @@ def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, admits: 
     def admit_layer(ids, weights, *refs):
         # ids, weights [T*A]; slot_of [E] and, if it admits, owner [S], value [E]; outputs; then shared memory
         rows_in, refs = (refs[:3], refs[3:]) if admits else (refs[:1], refs[1:])
-        weights_out, count_out, hits_out, *rows_out, table, ids_here, weights_here, results, sums, arrived = refs
+        weights_out, count_out, used_out, hits_out, *rows_out, table, ids_here, weights_here, results, sums, arrived = (
+            refs
+        )
         for source, place in zip(rows_in, (SLOT_OF, OWNER, VALUE), strict=False):
             plgpu.copy_gmem_to_smem(source, table.at[place, pl.ds(0, source.shape[0])], arrived)
         plgpu.copy_gmem_to_smem(ids, ids_here.at[pl.ds(0, ids.shape[0])], arrived)
@@ -112,17 +115,18 @@ def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, admits: 
         columns = _put_candidates(table, ids_here, ids.shape[0], num_experts)
         owner = _admit(table, columns, num_experts, num_slots, max_needed) if admits else _keep(table, columns)
         groups = Things(table, max_needed)
-        *found, count, hits = _groups(groups, columns, num_experts)
+        *found, count, num_used, hits = _groups(groups, columns, num_experts)
         _put_weights(groups, found[0], ids_here, weights_here, sums, choices)
         if admits:
             found += [*_plan(table, columns, min(max_needed, num_slots)), _slot_of(table, columns, num_experts), owner]
-        put(results, dict(enumerate((*found, count, hits))))
+        put(results, dict(enumerate((*found, count, num_used, hits))))
 
         for n, out in enumerate((*rows_out, *rows_in[:2]) if admits else rows_out):
             plgpu.copy_smem_to_gmem(results.at[n, pl.ds(0, out.shape[0])], out)
         for t in range(choices[0]):
             plgpu.copy_smem_to_gmem(sums.at[t, pl.ds(0, weights_out.shape[1])], weights_out.at[t])
-        count_out[0], hits_out[0] = results[len(found), 0], results[len(found) + 1, 0]
+        for n, out in enumerate((count_out, used_out, hits_out)):
+            out[0] = results[len(found) + n, 0]
         plgpu.wait_smem_to_gmem(0)
 
     return admit_layer
@@ -224,14 +228,14 @@ def _is_before(key, number, than, thans_number):
 
 
 def _groups(look: Things, columns: int, num_experts: int) -> tuple:
-    """Their experts, slots and whether they are fetched; and how many are, and how many were there before."""
+    """Their experts, slots and whether they are fetched; how many are, how many are used, and were there before."""
 
     def group(pairs: Pairs):
         expert, taken, held = (pairs.other(place) for place in (EXPERT, TAKEN, HELD))
         used, fetched = expert < num_experts, taken != NONE
         mine = used & (pairs.other(PLACE) == pairs.mine(look.me))
         slot = jnp.where(mine, jnp.maximum(jnp.maximum(taken, held), 0), 0)
-        return jnp.where(mine, expert + 1, 0), slot, mine & fetched, fetched, used & (held != NONE)
+        return jnp.where(mine, expert + 1, 0), slot, mine & fetched, fetched, used, used & (held != NONE)
 
     expert, *others = look.sums(columns, group)
     return expert - 1, *others

@@ -56,6 +56,7 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner) -> Admitted:
         plan_experts=plan[0],
         plan_slots=plan[1],
         count=plan[2],
+        num_used=jnp.sum(needed, dtype=jnp.int32),
         num_hits=jnp.sum(needed & (before != NONE), dtype=jnp.int32),
     )
 

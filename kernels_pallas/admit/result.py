@@ -16,8 +16,8 @@ class Admitted:
     Group g is expert `group_experts[g]`, ascending, NONE where no expert is left; `group_slots[g]` is where it lies,
     some slot if it lies nowhere; `group_weights[g, t]` what it weighs for row t; `group_fetched[g]` is 1 if it was not
     there before, and 0 otherwise. The plan, which brings those, copies
-    expert `plan_experts[i]` into slot `plan_slots[i]` for i < `count`; entries beyond are 0. `num_hits` of the used
-    experts were there before.
+    expert `plan_experts[i]` into slot `plan_slots[i]` for i < `count`; entries beyond are 0. `num_used` experts are
+    used: the groups that have one; `num_hits` of them were there before.
     """
 
     group_experts: Int[Array, " G"]
@@ -29,4 +29,5 @@ class Admitted:
     plan_experts: Int[Array, " P"]
     plan_slots: Int[Array, " P"]
     count: Int[Array, ""]
+    num_used: Int[Array, ""]
     num_hits: Int[Array, ""]

@@ -6,15 +6,16 @@ from kernels_pallas import backends
 from kernels_pallas.expert_mlp import dense, reference
 
 
-def _mosaic_gpu(x, slots, group_slots, group_weights, max_groups_per_row):
+def _mosaic_gpu(x, slots, group_slots, group_weights, num_asked, max_groups_per_row):
     from kernels_pallas.expert_mlp import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
 
-    return mosaic_gpu.expert_mlp(x, slots, group_slots, group_weights, max_groups_per_row=max_groups_per_row)
+    groups = group_slots, group_weights, num_asked
+    return mosaic_gpu.expert_mlp(x, slots, *groups, max_groups_per_row=max_groups_per_row)
 
 
 def _of_all_rows(expert_mlp):
     """An implementation that multiplies every row with every group, whatever groups it is in."""
-    return lambda x, slots, group_slots, group_weights, _: expert_mlp(x, slots, group_slots, group_weights)
+    return lambda x, slots, group_slots, group_weights, *_: expert_mlp(x, slots, group_slots, group_weights)
 
 
 IMPLEMENTATIONS = {
@@ -44,6 +45,7 @@ def expert_mlp(
     slots: Float[Array, "R 3 F D"],
     group_slots: Int[Array, " G"],
     group_weights: Float[Array, "G T"],
+    num_asked: Int[Array, ""] | None = None,
     *,
     max_groups_per_row: int | None = None,
     implementation: str | None = None,
@@ -54,6 +56,9 @@ def expert_mlp(
     of one expert; a row that does not belong to it has weight 0, a group that nobody asks for has weights 0 and any
     slot, even one beyond the last, and its weights may stay unread. The order of all sums depends on the number of
     groups asked for and on shapes alone, so the same groups give the same bits wherever their weights lie.
+
+    num_asked is the caller's word that the groups asked for are the first so many: else mosaic_gpu has to look for them,
+    in kernels of its own, for 3 to 32 rows.
 
     max_groups_per_row is the caller's word that no row is in more groups than that (of a row that is, some may be left
     out); for more than 32 rows mosaic_gpu has lists and buffers for as many, where None means for all G.
@@ -76,4 +81,4 @@ def expert_mlp(
             f"expert_mlp: max_groups_per_row={max_groups_per_row} must be at least 1, or None for any number"
         )
     chosen = IMPLEMENTATIONS[choose(implementation, x, slots)]
-    return chosen(x, slots, group_slots, group_weights, max_groups_per_row)
+    return chosen(x, slots, group_slots, group_weights, num_asked, max_groups_per_row)

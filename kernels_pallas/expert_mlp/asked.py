@@ -36,8 +36,8 @@ class AskedGroups:
         return found, self.slots[found]
 
 
-def asked_list(group_slots, group_weights):
-    """Before a kernel: groups [G + 1], those asked for first, and their slots [G + 1]; their number is at the end.
+def asked_first(group_slots, group_weights):
+    """Before a kernel: slots [G] and weights [G, T] of the groups asked for, in their order, then others; their number.
 
     Sums over comparisons of all with all, which are one small kernel, where sorting is many.
     """
@@ -48,5 +48,4 @@ def asked_list(group_slots, group_weights):
     groups, slots = (
         jnp.sum(jnp.where(chosen, part[None, :], 0), axis=1, dtype=jnp.int32) for part in (numbers, group_slots)
     )
-    count = jnp.sum(asked, dtype=jnp.int32)[None]
-    return jnp.concatenate([groups, count]), jnp.concatenate([slots, count])
+    return slots, group_weights[groups], jnp.sum(asked, dtype=jnp.int32)

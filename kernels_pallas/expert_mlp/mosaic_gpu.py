@@ -38,12 +38,15 @@ def _tensor_core_problem(form: ModuleType, x, slots) -> str | None:
     return form.problem(x, slots)
 
 
-def expert_mlp(x, slots, group_slots, group_weights, *, max_groups_per_row: int | None = None):
+def expert_mlp(x, slots, group_slots, group_weights, num_asked=None, *, max_groups_per_row: int | None = None):
     """Raises NotImplementedError where `problem` has an answer."""
     chosen = form(x, slots)
     if chosen is None:
         raise NotImplementedError(
             f"expert_mlp: mosaic_gpu cannot do this: {problem(x, slots)}; use implementation='reference'"
         )
-    options = {"max_groups_per_row": max_groups_per_row} if chosen is mosaic_gpu_prefill else {}
-    return chosen.expert_mlp(x, slots, group_slots, group_weights, **options)
+    options = {
+        mosaic_gpu_wgmma: {"num_asked": num_asked},
+        mosaic_gpu_prefill: {"max_groups_per_row": max_groups_per_row},
+    }
+    return chosen.expert_mlp(x, slots, group_slots, group_weights, **options.get(chosen, {}))

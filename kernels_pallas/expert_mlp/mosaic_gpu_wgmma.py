@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
-from kernels_pallas.expert_mlp.asked import asked_list
+from kernels_pallas.expert_mlp.asked import asked_first
 
 M = 64  # rows of the left operand of one tensor core instruction
 CHUNK = 128  # columns of gate and up in a tile of the first kernel: what is multiplied at once
@@ -88,17 +88,18 @@ def key(x, slots) -> tuning.Key:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))  # the layers of a model share one compilation
-def expert_mlp(x, slots, group_slots, group_weights, *, config: Config | None = None, interpret=None):
+def expert_mlp(x, slots, group_slots, group_weights, num_asked=None, *, config: Config | None = None, interpret=None):
+    if num_asked is None:
+        group_slots, group_weights, num_asked = asked_first(group_slots, group_weights)
     config = config or tuning.configured(key(x, slots), Config())
     (num_rows, width), num_hidden = x.shape, slots.shape[2]
     columns = num_columns(num_rows)
     weights = jnp.pad(group_weights.astype(jnp.float32), ((0, 0), (0, columns - num_rows)))
-    groups, group_slots = asked_list(group_slots, group_weights)
+    asked = num_asked.astype(jnp.int32).reshape(1), group_slots.astype(jnp.int32)
     padded = jnp.pad(x, ((0, columns - num_rows), (0, 0)))
-    chunks = padded.reshape(columns, width // CHUNK, CHUNK).transpose(1, 0, 2)  # [D / CHUNK, N, CHUNK]
     rows = slots.reshape(slots.shape[0], 3 * num_hidden, width)
-    hidden = _gate_up(chunks, rows, groups, group_slots, weights, config, interpret)
-    parts = _down(hidden, rows, group_slots, config, interpret)
+    hidden = _gate_up(padded, rows, *asked, weights, config, interpret)
+    parts = _down(hidden, rows, *asked, config, interpret)
     return jnp.sum(parts, axis=0).T[:num_rows]
 
 
@@ -107,9 +108,9 @@ def _span(n, size: int):
     return pl.ds(n * size if isinstance(n, int) else pl.multiple_of(n * size, size), size)
 
 
-def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
-    """[G, N, F], the hidden values of the n-th group asked for times its weights; nothing beyond those is written."""
-    num_chunks, columns, _ = x.shape
+def _gate_up(x, slots, num_asked, group_slots, weights, config: Config, interpret):
+    """[G, N, F], the hidden values of the groups asked for times their weights; nothing beyond those is written."""
+    columns, num_chunks = x.shape[0], x.shape[1] // CHUNK
     num_hidden, num_groups = slots.shape[1] // 3, weights.shape[0]
     fits = [n for n in range(1, config.max_warpgroups + 1) if gate_up_stages(columns, slots.shape[2], n) >= 3]
     num_warpgroups = max(fits, default=1)
@@ -117,15 +118,15 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
     num_workers = config.num_blocks * num_warpgroups
     num_units = M // 2  # of an item: their gates and ups make the rows of one product
 
-    def gate_and_up(groups, group_slots, weights, x, slots, out, tiles, x_here, both, arrived, x_arrived):
-        # groups, group_slots [G + 1], weights [G, N]; x [n, N, CHUNK]; slots [R, 3F, D]; out [G, N, F]
+    def gate_and_up(num_asked, group_slots, weights, x, slots, out, tiles, x_here, both, arrived, x_arrived):
+        # num_asked [1], group_slots [G], weights [G, N]; x [N, D]; slots [R, 3F, D]; out [G, N, F]
         # shared memory: tiles [warpgroups, stages, M, CHUNK], x_here [n, N, CHUNK], both [warpgroups, M, N]
         mine = lax.axis_index("warpgroup")
         worker = mine * config.num_blocks + lax.axis_index("block")
         per_group = num_hidden // num_units
 
         def place(i):
-            """Group (as a place in the list) and part of it of the i-th item of this warpgroup."""
+            """Group and part of it of the i-th item of this warpgroup."""
             item = i * num_workers + worker
             return lax.div(item, per_group), lax.rem(item, per_group)
 
@@ -138,7 +139,7 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
                     arrived.at[mine * num_stages + stage],
                 )
 
-        num_items = groups[num_groups] * per_group
+        num_items = num_asked[0] * per_group
         num_mine = lax.div(num_items - worker + num_workers - 1, num_workers)
 
         def turn(i, here):
@@ -169,7 +170,7 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
             both[mine] = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((M, columns), jnp.float32))
             group, unit = here
             gate, up = (plgpu.load(both.at[mine, pl.ds(n, num_units)], layout=UNITS) for n in (0, num_units))
-            weight = plgpu.load(weights.at[groups[group]], layout=UNITS.reduce(0), optimized=False)
+            weight = plgpu.load(weights.at[group], layout=UNITS.reduce(0), optimized=False)
             weight = plgpu.layout_cast(lax.broadcast_in_dim(weight, (num_units, columns), (1,)), UNITS)
             value = gate * lax.logistic(gate) * up * weight
             out.at[group, :, _span(unit, num_units)].transpose((1, 0))[...] = value.astype(out.dtype)
@@ -184,7 +185,8 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
 
         @pl.when(mine == 0)
         def _():
-            plgpu.copy_gmem_to_smem(x, x_here, x_arrived)
+            for chunk in range(num_chunks):
+                plgpu.copy_gmem_to_smem(x.at[:, _span(chunk, CHUNK)], x_here.at[chunk], x_arrived)
 
         plgpu.barrier_wait(x_arrived)
         lax.fori_loop(0, num_mine, turn, first)
@@ -201,13 +203,13 @@ def _gate_up(x, slots, groups, group_slots, weights, config: Config, interpret):
             plgpu.SMEM((num_chunks, columns, CHUNK), x.dtype, transforms=TRANSFORMS),
             plgpu.SMEM((num_warpgroups, M, columns), jnp.float32),
             plgpu.Barrier(num_barriers=num_warpgroups * num_stages, num_arrivals=2),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=num_chunks),
         ],
         interpret=interpret,
-    )(groups, group_slots, weights, x, slots)
+    )(num_asked, group_slots, weights, x, slots)
 
 
-def _down(hidden, slots, group_slots, config: Config, interpret):
+def _down(hidden, slots, num_asked, group_slots, config: Config, interpret):
     """[splits, D, N]: y transposed, as a sum over the first axis."""
     num_groups, columns, num_hidden = hidden.shape
     width = slots.shape[2]
@@ -216,15 +218,15 @@ def _down(hidden, slots, group_slots, config: Config, interpret):
     num_splits = max(1, config.num_blocks * num_warpgroups // num_tiles)
     num_blocks = -(-num_splits * num_tiles // num_warpgroups)
 
-    def down(group_slots, hidden, slots, out, tiles, values, arrived):
-        # group_slots [G + 1]; hidden [G, N, F]; slots [R, 3F, D]; out [splits, D, N]
+    def down(num_asked, group_slots, hidden, slots, out, tiles, values, arrived):
+        # num_asked [1], group_slots [G]; hidden [G, N, F]; slots [R, 3F, D]; out [splits, D, N]
         # shared memory: tiles [warpgroups, stages, DOWN_ROWS, DOWN_COLUMNS], values [warpgroups, stages, N, DOWN_ROWS]
         mine = lax.axis_index("warpgroup")
         worker = mine * num_blocks + lax.axis_index("block")
         split = lax.div(worker, num_tiles)
         columns_of_d = _span(lax.rem(worker, num_tiles), DOWN_COLUMNS)
         per_group = num_hidden // DOWN_ROWS
-        num_mine = lax.div(group_slots[num_groups] * per_group - split + num_splits - 1, num_splits)
+        num_mine = lax.div(num_asked[0] * per_group - split + num_splits - 1, num_splits)
         num_mine = jnp.where(split < num_splits, num_mine, 0)  # the last block may have a warpgroup too many
 
         def load(i, stage) -> None:
@@ -272,4 +274,4 @@ def _down(hidden, slots, group_slots, config: Config, interpret):
             plgpu.Barrier(num_barriers=num_warpgroups * num_stages, num_arrivals=2),
         ],
         interpret=interpret,
-    )(group_slots, hidden, slots)
+    )(num_asked, group_slots, hidden, slots)

@@ -28,7 +28,7 @@ def assert_same(got: Admitted, wanted: Admitted) -> None:
     lies = np.asarray(wanted.group_experts) != NONE
     lies &= np.asarray(wanted.slot_of)[np.maximum(wanted.group_experts, 0)] != NONE
     np.testing.assert_array_equal(np.asarray(got.group_slots)[lies], np.asarray(wanted.group_slots)[lies])
-    exact = "group_experts group_weights group_fetched slot_of owner plan_experts plan_slots count num_hits"
+    exact = "group_experts group_weights group_fetched slot_of owner plan_experts plan_slots count num_used num_hits"
     for name in exact.split():
         np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name), err_msg=name)
 

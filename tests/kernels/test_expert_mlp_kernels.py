@@ -75,6 +75,15 @@ def test_neither_the_slots_nor_groups_that_nobody_asks_for_change_a_bit(spec: Ex
     np.testing.assert_array_equal(elsewhere, first)
 
 
+def test_groups_that_are_known_to_come_first_are_not_looked_for() -> None:
+    x, slots = inputs(WGMMA)
+    weights, group_slots = weights_of(WGMMA, (9, 4, 0, 0)), jnp.asarray([4, 0, 2, 2])
+    found = interpreted(WGMMA)(x, slots, group_slots, jnp.asarray(weights))
+    named = interpreted(WGMMA)(x, slots.at[2].set(jnp.nan), group_slots, jnp.asarray(weights), jnp.asarray(2))
+    np.testing.assert_array_equal(named, found)
+    assert not gpu_callbacks.get_races().races_found
+
+
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 
@@ -90,14 +99,14 @@ def test_the_kernels_compile_for_cuda_at_true_sizes(name: str) -> None:
 
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.randoms())
-def test_the_list_of_groups_asked_for(is_asked: list[bool], random) -> None:
+def test_groups_asked_for_come_first(is_asked: list[bool], random) -> None:
     slots = np.array(random.sample(range(50), len(is_asked)), np.int32)
     weights = np.outer(is_asked, [0.0, -0.5]).astype(np.float32)
-    groups, group_slots = map(np.asarray, asked.asked_list(jnp.asarray(slots), jnp.asarray(weights)))
+    first_slots, first_weights, count = asked.asked_first(jnp.asarray(slots), jnp.asarray(weights))
     wanted = np.flatnonzero(is_asked)
-    assert groups[-1] == group_slots[-1] == len(wanted)
-    np.testing.assert_array_equal(groups[: len(wanted)], wanted)
-    np.testing.assert_array_equal(group_slots[: len(wanted)], slots[wanted])
+    assert count == len(wanted)
+    np.testing.assert_array_equal(first_slots[:count], slots[wanted])
+    np.testing.assert_array_equal(first_weights[:count], weights[wanted])
 
 
 def shaped(num_rows: int, num_hidden: int, width: int, dtype: str = "bfloat16", slots_dtype: str | None = None):

@@ -24,7 +24,7 @@ def admitted(fetched: tuple[int, ...], num_rows: int) -> Admitted:
     ints = (jnp.asarray(row, jnp.int32) for row in (GROUPS, SLOTS, fetched))
     experts, slots, fetched_here = ints
     none = jnp.zeros(0, jnp.int32)
-    return Admitted(experts, slots, jnp.asarray(weights), fetched_here, *[none] * 4, *[jnp.asarray(0)] * 2)
+    return Admitted(experts, slots, jnp.asarray(weights), fetched_here, *[none] * 4, *[jnp.asarray(0)] * 3)
 
 
 def check(
