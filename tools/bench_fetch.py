@@ -16,25 +16,26 @@ from kernels_pallas.fetch.specs import FetchSpec
 class Case:
     """Random experts in pinned host memory, a plan for each call, and slots that go from one program to the next.
 
-    `calls` are timed in one program; `seconds` says how long a program takes with its arguments.
+    A program is `rounds` turns of a loop over `calls` plans; `seconds` says how long it takes with its arguments.
     """
 
-    def __init__(self, spec: FetchSpec, calls: int, seconds: Callable[[Callable, tuple], float]) -> None:
+    def __init__(self, spec: FetchSpec, rounds: int, calls: int, seconds: Callable[[Callable, tuple], float]) -> None:
         unsigned = np.uint16 if jnp.dtype(spec.dtype).itemsize == 2 else np.uint32
         self.bits = np.random.default_rng(0).integers(0, np.iinfo(unsigned).max, spec.store_shape, unsigned)
         self.store = jax.device_put(self.bits.view(spec.dtype), memory.host_sharding())
-        self.spec, self.seconds, self.plans = spec, seconds, [spec.plan(seed) for seed in range(calls)]
+        self.spec, self.seconds, self.rounds = spec, seconds, rounds
+        self.plans = [spec.plan(seed) for seed in range(calls)]
         self.slots = jnp.zeros(spec.slots_shape, spec.dtype)
 
     def timer(self, function: Callable) -> Callable[[], float]:
         """Takes the microseconds of a call, as often as it is asked."""
-        program = functools.partial(self._run, self._program(function, self.plans))
-        return lambda: 1e6 * self.seconds(program, ()) / len(self.plans)
+        program = functools.partial(self._run, self._program(function, self.plans, self.rounds))
+        return lambda: 1e6 * self.seconds(program, ()) / (self.rounds * len(self.plans))
 
     def error(self, function: Callable) -> float:
         """0. Raises RuntimeError unless slots hold the very experts of a plan."""
         plan, self.slots = self.plans[-1], jnp.zeros(self.spec.slots_shape, self.spec.dtype)
-        self._run(self._program(function, [plan]))
+        self._run(self._program(function, [plan], 1))
         require_fetched(np.asarray(self.slots).view(self.bits.dtype), self.bits, plan)
         return 0.0
 
@@ -42,24 +43,27 @@ class Case:
         self.slots = program(self.store, self.slots)
         return self.slots
 
-    def _program(self, function: Callable, plans: list) -> Callable:
-        """A program of one fetch a plan, each into the slots that the one before has written."""
-        fetch = jax.jit(function)
+    def _program(self, function: Callable, plans: list, rounds: int) -> Callable:
+        """A program of one fetch a plan and round, each into the slots that the one before has written."""
 
         @functools.partial(jax.jit, donate_argnums=1)
-        def run(store, slots):
-            for plan in plans:
-                slots = fetch(store, slots, *map(jnp.asarray, plan))
-            return slots
+        def run(store, slots, plans):
+            def turn(_, slots):
+                for plan in plans:
+                    slots = function(store, slots, *plan)
+                return slots
 
-        return run
+            return jax.lax.fori_loop(0, rounds, turn, slots)
+
+        on_device = jax.device_put([tuple(map(jnp.asarray, plan)) for plan in plans])  # no constants of the program
+        return lambda store, slots: run(store, slots, on_device)
 
 
 def measure(
-    spec: FetchSpec, calls: int, seconds: Callable[[Callable, tuple], float]
+    spec: FetchSpec, rounds: int, calls: int, seconds: Callable[[Callable, tuple], float]
 ) -> Iterator[tuple[str, float, float]]:
     """Of each implementation that can run here: its name, microseconds a call, and its error, which is 0."""
-    case = Case(spec, calls, seconds)
+    case = Case(spec, rounds, calls, seconds)
     for name in api.IMPLEMENTATIONS if backends.mosaic_gpu_problem() is None else ("reference",):
         function = functools.partial(api.fetch, implementation=name)
         error = case.error(function)

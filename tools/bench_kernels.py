@@ -235,7 +235,7 @@ def _bench_decision(
 
 
 def _bench_fetch(spec: fetch_specs.FetchSpec, gbps: float, options: argparse.Namespace) -> Iterator[Row]:
-    for name, us, error in bench_fetch.measure(spec, CALLS, _seconds(options)):
+    for name, us, error in bench_fetch.measure(spec, options.iterations, CALLS, _seconds(options)):
         yield Row.of("fetch", spec.name, name, us, spec.fetched_bytes, gbps, error)
 
 

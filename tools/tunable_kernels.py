@@ -87,7 +87,7 @@ def _fetch(spec: FetchSpec) -> Tunable:
         return tile_ring.tiling(num_elements, dtype.itemsize, config.tile_bytes)
 
     def case(seconds: Callable[[Callable, tuple], float]) -> Timed:
-        made = bench_fetch.Case(spec, FETCHES, seconds)
+        made = bench_fetch.Case(spec, 1, FETCHES, seconds)
         return Timed(made.error, made.timer, lambda gbps: spec.fetched_bytes / gbps / 1e3)
 
     return Tunable(

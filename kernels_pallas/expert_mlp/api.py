@@ -57,8 +57,8 @@ def expert_mlp(
     slot, even one beyond the last, and its weights may stay unread. The order of all sums depends on the number of
     groups asked for and on shapes alone, so the same groups give the same bits wherever their weights lie.
 
-    num_asked is the caller's word that the groups asked for are the first so many: else mosaic_gpu has to look for them,
-    in kernels of its own, for 3 to 32 rows.
+    num_asked is the caller's word that the groups asked for are the first so many: else mosaic_gpu has to look for
+    them, in kernels of its own, for 3 to 32 rows.
 
     max_groups_per_row is the caller's word that no row is in more groups than that (of a row that is, some may be left
     out); for more than 32 rows mosaic_gpu has lists and buffers for as many, where None means for all G.

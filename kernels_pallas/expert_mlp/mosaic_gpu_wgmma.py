@@ -211,7 +211,7 @@ def _gate_up(x, slots, num_asked, group_slots, weights, config: Config, interpre
 
 def _down(hidden, slots, num_asked, group_slots, config: Config, interpret):
     """[splits, D, N]: y transposed, as a sum over the first axis."""
-    num_groups, columns, num_hidden = hidden.shape
+    _, columns, num_hidden = hidden.shape
     width = slots.shape[2]
     num_warpgroups, num_stages = config.max_warpgroups, DOWN_STAGES
     num_tiles = width // DOWN_COLUMNS
