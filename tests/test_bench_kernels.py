@@ -110,8 +110,8 @@ def test_decisions_have_rows_with_all_that_they_read_and_write(capsys: pytest.Ca
         ("route", "deepseek_v2_lite"), ("admit", "deepseek_v2_lite"), ("admit", "all_resident")
     ]  # fmt: skip
     chosen, groups = 6, 6
-    admitted = 2 * chosen + 3 * 64 + 27 + 4 * groups + 64 + 27 + 2 * groups + 2
-    resident = 2 * 8 + 2 * 128 + 128 + 4 * 8 + 128 + 128 + 2
+    admitted = 2 * chosen + 3 * 64 + 27 + 4 * groups + 64 + 27 + 2 * groups + 3
+    resident = 2 * 8 + 2 * 128 + 128 + 4 * 8 + 128 + 128 + 3
     for row, num_bytes in zip(rows, (4 * (64 + 2 * chosen) + 1, 4 * admitted, 4 * resident), strict=True):
         assert row["gbps"] * row["us"] == pytest.approx(num_bytes / 1e3)
         assert row["error"] == 0
