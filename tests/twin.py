@@ -165,7 +165,7 @@ class TwinReuse(TwinPolicy):
         return [sum(w * x for w, x in zip(row, features, strict=True)) for row in self.weights[layer]]
 
     def value(self, layer: int, used: list[int], clock: int) -> list[int]:
-        return [round(guess * 2**14) for guess in self.guess(layer, self.features(layer, used)[2])]
+        return [round(guess * 2**16) for guess in self.guess(layer, self.features(layer, used)[2])]
 
     def update(self, used: list[list[int]], clock: int) -> None:
         for layer, row in enumerate(used):

@@ -131,11 +131,12 @@ def _ends(requests: np.ndarray, at: np.ndarray, num_steps: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("policy", "max_needed"))
 def replay(start: Residency, used: jax.Array, ends: jax.Array, *, policy: str, max_needed: int) -> Residency:
     """The residency after these steps, with what was hit, fetched and streamed in its `decode` counters."""
-    value, finish = jax.vmap(POLICIES[policy].value, in_axes=(0, 0, None)), POLICIES[policy].finish
+    outlook, finish = POLICIES[policy].outlook, POLICIES[policy].finish
+    value = jax.vmap(POLICIES[policy].value, in_axes=(0, 0, None))
 
     def step(carry, event: tuple[jax.Array, jax.Array]):
         (layers, before), (used, is_end) = carry, event
-        values = value(before.tracked[policy], used, before.clock)
+        values = value(outlook(before.tracked[policy]), used, before.clock)
         num_hits = jnp.sum((used > 0) & (layers.slot_of != NONE), axis=1, dtype=jnp.int32)
         layers, plan = jax.vmap(functools.partial(admit, max_needed=max_needed))(layers, used > 0, values)
         tracked = POLICIES[policy].update(before.tracked[policy], used, before.clock)

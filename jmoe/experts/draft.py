@@ -82,7 +82,8 @@ def _worth(slots: ExpertSlots, policy: str) -> Float[Array, "L E"]:
     residency = slots.residency
     num_experts = residency.stacked.slot_of.shape[1]
     unused = jnp.zeros((num_experts,), jnp.int32)
-    values = jax.vmap(lambda row: POLICIES[policy].value(row, unused, residency.clock))(residency.tracked[policy])
+    outlook = POLICIES[policy].outlook(residency.tracked[policy])
+    values = jax.vmap(lambda row: POLICIES[policy].value(row, unused, residency.clock))(outlook)
     return jnp.argsort(jnp.argsort(values, axis=1), axis=1) / num_experts
 
 

@@ -130,8 +130,8 @@ class Observed(MoE):
 class Progress:
     """What the layers done so far have asked for, and have made of the slots and of their residency.
 
-    With a prefetch, `guess` is what the next layer will miss, and `arrivals` what came early for each so far, or each
-    but the first.
+    `outlook` is what a step that admits goes by, its policy's. With a prefetch, `guess` is what the next layer will
+    miss, and `arrivals` what came early for each so far, or each but the first.
     """
 
     staging: Float[Array, "W 3 F D"]
@@ -140,6 +140,7 @@ class Progress:
     expert_ids: tuple[Int[Array, "T A"], ...] = ()
     num_hits: tuple[Int[Array, ""], ...] = ()
     num_fetched: tuple[Int[Array, ""], ...] = ()
+    outlook: Any = None
     guess: Guess | None = None
     arrivals: tuple[Arrivals, ...] = ()
 
@@ -165,12 +166,18 @@ class OffloadedExperts(MoE):
     prefetch: Prefetch | None = None
 
     def start(self) -> Progress:
-        progress, ahead = Progress(self.slots.staging), self._ahead
+        progress, ahead = Progress(self.slots.staging, outlook=self._outlook()), self._ahead
         odds = ahead.predictor.odds_at_start(self.slots.residency) if ahead else None
         if ahead is None or odds is None:
             return progress
         with jax.named_scope("prefetch"):
             return self._bring(ahead, 0, self._guess(ahead, 0, odds), progress)
+
+    def _outlook(self) -> Any:
+        if self._is_fixed:
+            return None
+        with jax.named_scope("admit"):
+            return POLICIES[self.policy].outlook(self.slots.residency.tracked[self.policy])
 
     def finish(self, progress: Progress) -> ExpertSlots:
         """The state after the step, with what the policy remembers and the counters brought on."""
@@ -256,13 +263,13 @@ class OffloadedExperts(MoE):
         if num_rows == 1:
             groups = group_by_expert(routing, self.layout.num_experts)
             return groups.expert_ids, groups
-        admitted = self._admit(moe_layer, routing, admits=False)
+        admitted = self._admit(moe_layer, routing)
         return admitted.group_slots, Groups.of(admitted, per_row)
 
     def _from_slots_and_store(self, moe_layer: int, x, routing: Routing, carry: Progress):
         slots, staging = self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
-            admitted = self._admit(moe_layer, routing, admits=self.admits)
+            admitted = self._admit(moe_layer, routing, carry.outlook)
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
@@ -282,12 +289,12 @@ class OffloadedExperts(MoE):
         )
         return y, progress
 
-    def _admit(self, moe_layer: int, routing: Routing, *, admits: bool) -> Admitted:
-        """Which experts of the layer get which slots, if it admits; and the groups."""
+    def _admit(self, moe_layer: int, routing: Routing, outlook: Any = None) -> Admitted:
+        """Which experts of the layer get which slots, if there is a policy's outlook; and the groups."""
         residency, value = self.slots.residency, None
         used = tokens_of_experts(routing.expert_ids, self.layout.num_experts)
-        if admits:
-            row = jax.tree.map(lambda stacked: stacked[moe_layer], residency.tracked[self.policy])
+        if outlook is not None:
+            row = jax.tree.map(lambda stacked: stacked[moe_layer], outlook)
             value = POLICIES[self.policy].value(row, used, residency.clock)
         before = residency.layers[moe_layer]
         ids, weights = routing.expert_ids, routing.combine_weights

@@ -1,7 +1,8 @@
 """Policies: how much keeping each expert in a slot is worth. Pure functions over arrays, traced.
 
 A policy remembers something of what was used (`start`, `update` once a step for all layers) and says from it what each
-expert of a layer is worth (`value`, at the layer's turn). `jmoe.experts.residency.admit` replaces the experts of the
+expert of a layer is worth (`value`, at the layer's turn, from what `outlook` made of it for all layers at once before:
+what stands between a router and the fetch has to be short). `jmoe.experts.residency.admit` replaces the experts of the
 least value. What a policy does not remember is neither carried nor computed. Values are integers, so that ties are
 ties wherever they are computed. docs/residency.md has the papers and what each policy is worth.
 
@@ -27,7 +28,8 @@ _FREQUENCY_SHIFT = 5  # f loses 1/32 of itself a step: half of it in 22
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """One way to value experts; `state` is a pytree whose leaves are [L, ...], `row` the same of one layer.
+    """One way to value experts; `state` is a pytree whose leaves are [L, ...], as are those of an outlook, of which
+    `row` is one layer.
 
     `finish`, if there is one, is told that the batch of requests is done. `learned` names the fields of the state
     that outlive the process: see `jmoe.experts.experience`.
@@ -36,6 +38,7 @@ class Policy:
     start: Callable[[int, int], Any]  # (L, E) -> state
     value: Callable[[Any, Int[Array, " E"], Int[Array, ""]], Int[Array, " E"]]  # (row, used, clock)
     update: Callable[[Any, Int[Array, "L E"], Int[Array, ""]], Any]  # (state, used, clock) -> state
+    outlook: Callable[[Any], Any] = lambda state: state
     finish: Callable[[Any], Any] | None = None  # state -> state
     learned: tuple[str, ...] = ()
 
@@ -121,7 +124,7 @@ _HALF_LIFE = 20  # steps, of the frequency that it looks at
 _HORIZON = 0.6  # weight of a use from one step to the next: how far ahead it looks
 _RATE = 0.03  # of learning
 _BIAS = 0.3
-_VALUE_UNIT = 1 << 14
+_VALUE_UNIT = 1 << 16
 
 
 @jax.tree_util.register_dataclass
@@ -161,16 +164,31 @@ def _features(use: Float[Array, "*L E"], frequency: Float[Array, "*L E"]) -> Flo
     return jnp.concatenate([use, frequency, jnp.full((*use.shape[:-1], 1), _BIAS)], axis=-1)
 
 
-def expected_use(state: Reuse, used: Int[Array, "*L E"]) -> Float[Array, "*L E"]:
-    """Use of each expert in the steps to come, sum_k (1-g) g^(k-1) used[t+k], less its mean over experts."""
-    use = _centered(used)
-    features = _features(use, _frequency(state, use))
-    return jnp.sum(state.weights * features[..., None, :], axis=-1)  # one row: a sum, not a dot, reads weights once
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpectedUse:
+    """Use of each expert in the steps to come, sum_k (1-g) g^(k-1) used[t+k], less its mean over experts.
+
+    That is weights @ features, written as `base` and what one token to each expert adds to it, in fixed point: so that
+    it is the same however it is added up.
+    """
+
+    base: Int[Array, "*L E"]
+    added: Int[Array, "*L E E"]  # [..., of this expert, by a token to that one]
 
 
-def _reuse(row: Reuse, used: Int[Array, " E"], clock: Int[Array, ""]) -> Int[Array, " E"]:
+def _expected_use(state: Reuse) -> ExpectedUse:
+    num_experts, decay = state.frequency.shape[-1], 0.5 ** (1 / _HALF_LIFE)
+    by_use, by_frequency, by_bias = jnp.split(state.weights, [num_experts, 2 * num_experts], axis=-1)
+    base = decay * jnp.sum(by_frequency * state.frequency[..., None, :], axis=-1) + _BIAS * by_bias[..., 0]
+    added = by_use + (1 - decay) * by_frequency
+    added = added - jnp.mean(added, axis=-1, keepdims=True)  # use is centered
+    return ExpectedUse(*(jnp.round(part * _VALUE_UNIT).astype(jnp.int32) for part in (base, added)))
+
+
+def _reuse(row: ExpectedUse, used: Int[Array, " E"], clock: Int[Array, ""]) -> Int[Array, " E"]:
     """The expected use."""
-    return jnp.round(expected_use(row, used) * _VALUE_UNIT).astype(jnp.int32)
+    return row.base + jnp.sum(row.added * used[..., None, :], axis=-1)
 
 
 def _update_reuse(state: Reuse, used: Int[Array, "L E"], clock: Int[Array, ""]) -> Reuse:
@@ -196,7 +214,7 @@ POLICIES: dict[str, Policy] = {
     "lfu": Policy(_start_lfu, _lfu, _lfu),
     "lfru": Policy(_start_lfru, _lfru, _update_lfru),
     "activation": Policy(
-        activation.start, activation.value, activation.update, activation.finish, learned=("collection",)
+        activation.start, activation.value, activation.update, finish=activation.finish, learned=("collection",)
     ),
-    "reuse": Policy(_start_reuse, _reuse, _update_reuse, learned=("weights",)),
+    "reuse": Policy(_start_reuse, _reuse, _update_reuse, _expected_use, learned=("weights",)),
 }
