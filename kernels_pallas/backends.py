@@ -1,6 +1,6 @@
 """Which implementation of an operation runs here."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,3 +33,14 @@ def resolve(operation: str, implementations: Mapping[str, Any], name: str | None
     if problem:
         raise NotImplementedError(f"{operation}: mosaic_gpu cannot run here: {problem}; use implementation='reference'")
     return name
+
+
+def choose(
+    operation: str, implementations: Mapping[str, Any], name: str | None, problem: Callable[[], str | None]
+) -> str:
+    """`resolve`, and for None the reference where the best cannot do these shapes, for which `problem` has the reason.
+
+    It is asked only where it matters: for most operations it is a Mosaic kernel's, whose import takes seconds.
+    """
+    chosen = resolve(operation, implementations, name)
+    return "reference" if name is None and chosen != "reference" and problem() else chosen
