@@ -9,6 +9,7 @@ from jmoe.memory_plan import MemoryPlan
 from jmoe.model.kv_cache import kv_shape
 from kernels_pallas import backends
 from kernels_pallas.admit import api as admit_api
+from kernels_pallas.chunk_attention import api as chunk_attention_api
 from kernels_pallas.decode_attention import api as decode_attention_api
 from kernels_pallas.expert_mlp import api as expert_mlp_api
 from kernels_pallas.fetch import api as fetch_api
@@ -18,7 +19,10 @@ from kernels_pallas.route import api as route_api
 
 
 def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> str:
-    """The device and which implementation of each kernel decodes on it, and why if that is not the fastest."""
+    """The device and which implementation of each kernel runs on it, and why if that is not the fastest.
+
+    Those of a decode step, and the attention of a whole chunk of prefill.
+    """
     name, batch, heads = runtime.implementation, plan.batch_size, config.num_attention_heads
 
     def array(*shape: int, dtype: str = config.dtype) -> jax.ShapeDtypeStruct:
@@ -28,6 +32,7 @@ def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -
     qkv = array(batch, (heads + 2 * config.num_key_value_heads) * config.head_dim)
     qkv_kernel = array(qkv.shape[1], config.hidden_size)
     keys = array(*kv_shape(config, batch, plan.max_seq_len))
+    queries = array(batch, plan.prefill_chunk, heads, config.head_dim)
     choices, experts = array(batch, config.num_experts_per_tok, dtype="int32"), array(config.num_experts, dtype="int32")
     chosen = {
         "route": route_api.choose(name, array(batch, config.num_experts, dtype="float32")),
@@ -35,6 +40,7 @@ def device_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -
         "fetch": fetch_api.resolve(name),
         "expert_mlp": expert_mlp_api.choose(name, rows, slots),
         "decode_attention": decode_attention_api.choose(name, qkv, keys, heads),
+        "chunk_attention": chunk_attention_api.choose(name, queries, keys),
         "norm_linear": norm_linear_api.choose(name, rows, qkv_kernel),
     }
     if runtime.most_prefetched:

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
+
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.experts.experience import num_bytes
 from jmoe.experts.policies import DEFAULT_POLICY
 from jmoe.experts.slots import SlotLayout
 from jmoe.memory import HOST_LIMIT_VARIABLE, format_bytes, pinned_pool_bytes
-from jmoe.model.attention import query_block
-from jmoe.model.kv_cache import kv_bytes
+from jmoe.model.kv_cache import kv_bytes, kv_shape
+from kernels_pallas.chunk_attention import api as chunk_attention_api
 
 DEFAULT_MAX_SEQ_LEN = 4096
 STAGING_BYTES = 128 * 2**20  # enough for one wave to hide the start and the end of its fetch
@@ -74,18 +76,24 @@ class MemoryPlan:
 
 
 def workspace_bytes(
-    config: ModelConfig, batch_size: int, max_seq_len: int, prefill_chunk: int, most_draft_tokens: int = 0
+    config: ModelConfig,
+    batch_size: int,
+    max_seq_len: int,
+    prefill_chunk: int,
+    most_draft_tokens: int = 0,
+    implementation: str | None = "reference",
 ) -> int:
     """Temporaries of the larger of the steps, estimated from the arrays that live at the same time.
 
-    A verification takes in a token more than are drafted, with logits of each.
+    A verification takes in a token more than are drafted, with logits of each. `implementation` is the decoder's.
     """
     item, verified = DTYPE_BYTES[config.dtype], most_draft_tokens + 1
     prefill_chunk = max(prefill_chunk, verified)
     rows = batch_size * prefill_chunk
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    block = query_block((batch_size, prefill_chunk, heads, config.head_dim), max_seq_len)
-    scores = batch_size * heads * block * max_seq_len * (4 + 4 + item)  # scores, their softmax, the weights
+    # The automatic choice may do shorter chunks in a way that takes more memory.
+    chunks = {prefill_chunk, min(prefill_chunk, chunk_attention_api.FEW_QUERIES), verified}
+    attention = max(_attention_bytes(config, batch_size, max_seq_len, size, implementation) for size in chunks)
     qkv = rows * (heads + 2 * kv_heads) * config.head_dim * (item + 4)
     hidden = rows * config.hidden_size * (4 * item + 2 * 4)
     widest = max(config.moe_intermediate_size, config.intermediate_size if config.mlp_only_layers else 0)
@@ -94,7 +102,17 @@ def workspace_bytes(
     places = choices + 8 * groups + 128 if rows > 32 else 0  # rows gathered by expert, and their hidden values
     experts = rows * widest * 3 * 4 + groups * rows * 16 + places * (config.hidden_size + widest) * item
     logits = batch_size * verified * config.vocab_size * 4 * 6  # sampling sorts values and indices
-    return max(scores, experts) + qkv + hidden + logits
+    return max(attention, experts) + qkv + hidden + logits
+
+
+def _attention_bytes(
+    config: ModelConfig, batch_size: int, max_seq_len: int, num_tokens: int, implementation: str | None
+) -> int:
+    """Temporaries of one layer's attention of a chunk of so many tokens a sequence."""
+    queries = (batch_size, num_tokens, config.num_attention_heads, config.head_dim)
+    shapes = queries, kv_shape(config, batch_size, max_seq_len)
+    queries, keys = (jax.ShapeDtypeStruct(shape, config.dtype) for shape in shapes)
+    return chunk_attention_api.workspace_bytes(implementation, queries, keys, config.sliding_window)
 
 
 def plan_memory(
@@ -127,7 +145,14 @@ def plan_memory(
         "trunk": trunk_bytes,
         "staging slots": staging * config.expert_bytes,
         "KV cache": kv_bytes(config, runtime.batch_size, max_seq_len),
-        "workspace": workspace_bytes(config, runtime.batch_size, max_seq_len, prefill_chunk, runtime.most_draft_tokens),
+        "workspace": workspace_bytes(
+            config,
+            runtime.batch_size,
+            max_seq_len,
+            prefill_chunk,
+            runtime.most_draft_tokens,
+            implementation=runtime.implementation,
+        ),
     }
     if runtime.execute_guess is not None:
         fixed["predictor"] = calibration_bytes
@@ -160,10 +185,13 @@ def plan_memory(
 
 def _prefill_chunk(config: ModelConfig, runtime: RuntimeConfig, max_seq_len: int, device_limit: int) -> int:
     """The most tokens of a prompt that there is cheap room for: each chunk streams what is not resident once more."""
-    size = LEAST_PREFILL_CHUNK
-    least = workspace_bytes(config, runtime.batch_size, max_seq_len, size)
-    while 2 * size * runtime.batch_size <= MOST_PREFILL_ROWS:
-        if workspace_bytes(config, runtime.batch_size, max_seq_len, 2 * size) - least > PREFILL_SHARE * device_limit:
+    size, batch = LEAST_PREFILL_CHUNK, runtime.batch_size
+
+    def needed(size: int) -> int:
+        return workspace_bytes(config, batch, max_seq_len, size, implementation=runtime.implementation)
+
+    while 2 * size * batch <= MOST_PREFILL_ROWS:
+        if needed(2 * size) - needed(LEAST_PREFILL_CHUNK) > PREFILL_SHARE * device_limit:
             break
         size *= 2
     return size

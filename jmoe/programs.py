@@ -17,6 +17,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from jmoe.whole_files import new_file
+from kernels_pallas import backends
 
 MOST_FILES = 64  # the oldest go; each is some megabytes
 
@@ -73,7 +74,7 @@ def _machine() -> tuple[str, ...]:
     device = jax.devices()[0]
     versions = jax.__version__, importlib.metadata.version("jaxlib"), device.client.platform_version
     settings = os.environ.get("XLA_FLAGS", ""), jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
-    return *versions, device.device_kind, *map(str, settings)
+    return *versions, str(backends.cudnn_version()), device.device_kind, *map(str, settings)
 
 
 @functools.cache

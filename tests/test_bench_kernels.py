@@ -93,6 +93,17 @@ def test_attention_has_rows_with_the_bytes_that_it_sees(capsys: pytest.CaptureFi
     assert 0 <= row["error"] < 2e-2
 
 
+@pytest.mark.parametrize("name", ["qwen3_30b_512", "window"])
+def test_attention_of_a_chunk_has_the_arithmetic_of_what_it_sees(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_kernels.main([*FAST, "--ops", "chunk_attention", "--specs", name]) == 0
+    product, kernel = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    seen = {"qwen3_30b_512": 8 * 9 // 2, "window": (1 + 7 * 2) + 3 * 8 * 2}[name]  # the second of `window` starts at 1
+    assert (product["implementation"], kernel["implementation"]) == ("plain product", "reference")
+    for row in (product, kernel):
+        assert row["tflops"] == pytest.approx(4 * seen * 32 * 128 / row["us"] / 1e6)
+    assert 0 <= kernel["error"] < 2e-2
+
+
 def test_projections_have_rows_with_the_bytes_of_their_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_kernels.main([*FAST, "--ops", "norm_linear", "--specs", "two_rows_qkv", "qwen3_30b_o"]) == 0
     qkv, o = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]

@@ -15,8 +15,8 @@ from jmoe import memory, memory_plan
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
 from jmoe.memory import GIB
 from jmoe.memory_plan import MemoryPlan, plan_memory
-from jmoe.model.attention import MAX_SCORE_BYTES, query_block
 from jmoe.model.kv_cache import init_kv_cache, kv_bytes
+from kernels_pallas import backends
 from tests import models
 from tests.models import SMALL
 
@@ -285,14 +285,14 @@ def test_the_workspace_grows(changes: dict[str, int]) -> None:
     assert memory_plan.workspace_bytes(wide, **sizes) > smaller
 
 
-@given(st.integers(0, 12), st.integers(1, 64), st.integers(1, 64), st.integers(1, 2**18))
-def test_query_blocks_divide_the_chunk_and_fit(exponent: int, batch: int, heads: int, num_positions: int) -> None:
-    chunk = 2**exponent
-    block = query_block((batch, chunk, heads, 64), num_positions)
-    score_bytes = batch * heads * num_positions * 4
-    assert chunk % block == 0
-    assert block == 1 or block * score_bytes <= MAX_SCORE_BYTES
-    assert block == chunk or 2 * block * score_bytes > MAX_SCORE_BYTES, "a larger block would have fitted"
+def test_flash_attention_leaves_room_for_longer_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain attention has scores, of many sequences also in a short chunk, which flash attention is not used for."""
+    sizes = {"config": LARGE, "max_seq_len": 8192, "prefill_chunk": 512}
+    plain = [memory_plan.workspace_bytes(**sizes, batch_size=batch, implementation="reference") for batch in (1, 64)]
+    monkeypatch.setattr(backends, "cudnn_problem", lambda: None)
+    one, many = (memory_plan.workspace_bytes(**sizes, batch_size=batch, implementation=None) for batch in (1, 64))
+    assert one < plain[0] - 2**28
+    assert many == plain[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)

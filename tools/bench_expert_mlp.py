@@ -62,21 +62,9 @@ class Case:
     @functools.cached_property
     def product_us(self) -> float:
         """Microseconds of a matrix product with as much arithmetic as the rows of all groups need."""
-        spec, (rounds, unrolled) = self.spec, self._turns(num_operations(self.spec))
-        shapes = (sum(spec.group_sizes), spec.width), (spec.width, 3 * spec.num_hidden)
-        left, right = (jax.random.normal(jax.random.key(n), shape, spec.dtype) for n, shape in enumerate(shapes))
-
-        @jax.jit
-        def run(left, right):
-            def body(_, right):
-                for _ in range(unrolled):
-                    y = jax.lax.optimization_barrier(left @ right)
-                    right += (1e-6 * y[:1]).astype(right.dtype)  # so that the next product waits for all of this one
-                return right
-
-            return jax.lax.fori_loop(0, rounds, body, right)
-
-        return 1e6 * self.seconds(run, (left, right)) / (rounds * unrolled)
+        spec = self.spec
+        sizes = sum(spec.group_sizes), spec.width, 3 * spec.num_hidden
+        return product_us(sizes, spec.dtype, self._turns(num_operations(spec)), self.seconds)
 
     def _turns(self, num_operations: int) -> tuple[int, int]:
         """Rounds of a loop, and calls in its body."""
@@ -118,6 +106,31 @@ class Case:
         rows = np.random.default_rng(0).permutation(self.spec.num_rows)[:CHECKED_ROWS]
         with jax.default_matmul_precision("highest"):
             return rows, _in_float32(self.x[rows], self.slots, group_slots, group_weights[:, rows])
+
+
+def product_us(
+    sizes: tuple[int, int, int], dtype: str, turns: tuple[int, int], seconds: Callable[[Callable, tuple], float]
+) -> float:
+    """Microseconds of a matrix product [n, k] @ [k, m] of `sizes` (n, k, m).
+
+    `turns` are rounds of a loop and products in its body; `seconds` says how long a program takes with arguments.
+    """
+    rows, width, columns = sizes
+    shapes = (rows, width), (width, columns)
+    left, right = (jax.random.normal(jax.random.key(n), shape, dtype) for n, shape in enumerate(shapes))
+    rounds, unrolled = turns
+
+    @jax.jit
+    def run(left, right):
+        def body(_, right):
+            for _ in range(unrolled):
+                y = jax.lax.optimization_barrier(left @ right)
+                right += (1e-6 * y[:1]).astype(right.dtype)  # so that the next product waits for all of this one
+            return right
+
+        return jax.lax.fori_loop(0, rounds, body, right)
+
+    return 1e6 * seconds(run, (left, right)) / (rounds * unrolled)
 
 
 @jax.jit

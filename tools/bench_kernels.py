@@ -2,12 +2,13 @@
 
 expert_mlp is bound by reading the weights of the groups asked for: the bound is their bytes at the bandwidth of a pass
 over a gigabyte of device memory (read and written), and for a prefill also by arithmetic: a plain matrix product of
-as much of it, if that takes longer; both say their TFLOP/s. decode_attention likewise by the keys and values that it
-sees, norm_linear by its matrix. route and admit read and write next to nothing: what their time is made of is latency.
-fetch is bound by the link: plain copies from pinned host memory. All weights are random, and each call reads other
-slots, or another KV cache or matrix, than the one before, so that no cache of the GPU can serve them. A time is that of
-one call among many in one program, each needing the result of the one before, less the loop around them. A spec that
-fails is named, and the others go on.
+as much of it, if that takes longer; both say their TFLOP/s. chunk_attention likewise, by what its queries see.
+decode_attention is bound by reading the keys and values that it sees, norm_linear by its matrix. route and admit read
+and write next to nothing: what their time is made of is latency. fetch is bound by the link: plain copies from pinned
+host memory. All weights are random, and each call reads other slots, or another KV cache or matrix, than the one
+before, so that no cache of the GPU can serve them; only chunk_attention, which needs many reads of the same keys, has
+one KV cache. A time is that of one call among many in one program, each needing the result of the one before, less the
+loop around them. A spec that fails is named, and the others go on.
 """
 
 import argparse
@@ -25,12 +26,20 @@ import jax.numpy as jnp
 
 from jmoe import memory
 from kernels_pallas.admit import specs as admit_specs
+from kernels_pallas.chunk_attention import specs as chunk_attention_specs
 from kernels_pallas.decode_attention import specs as decode_attention_specs
 from kernels_pallas.expert_mlp import specs as expert_mlp_specs
 from kernels_pallas.fetch import specs as fetch_specs
 from kernels_pallas.norm_linear import specs as norm_linear_specs
 from kernels_pallas.route import specs as route_specs
-from tools import bench_attention, bench_decisions, bench_expert_mlp, bench_fetch, bench_norm_linear
+from tools import (
+    bench_attention,
+    bench_chunk_attention,
+    bench_decisions,
+    bench_expert_mlp,
+    bench_fetch,
+    bench_norm_linear,
+)
 from tools.command import exit_code
 
 CALLS = 16  # in the body of the timed loop: its own overhead is shared by as many
@@ -48,6 +57,7 @@ DEFAULTS = {
         "prefill_8192",
     ],
     "decode_attention": ["qwen3_30b", "b8", "b32", "long"],
+    "chunk_attention": ["qwen3_30b_512", "qwen3_30b_4096", "later_chunk", "first_of_long", "b8_uneven"],
     "norm_linear": ["qwen3_30b_qkv", "summed_qkv", "qwen3_30b_o", "qwen3_30b_router", "four_rows_qkv"],
     "route": ["qwen3_30b", "b32", "deepseek_v2_lite"],
     "admit": ["qwen3_30b", "all_resident", "b8"],
@@ -57,6 +67,7 @@ UNSCALED = ("route", "admit")  # have no experts that could be narrow
 SPECS = {
     "expert_mlp": {spec.name: spec for spec in expert_mlp_specs.SPECS},
     "decode_attention": {spec.name: spec for spec in decode_attention_specs.SPECS},
+    "chunk_attention": {spec.name: spec for spec in chunk_attention_specs.SPECS},
     "norm_linear": {spec.name: spec for spec in norm_linear_specs.SPECS},
     "route": {spec.name: spec for spec in route_specs.SPECS},
     "admit": {spec.name: spec for spec in admit_specs.SPECS},
@@ -128,6 +139,7 @@ def _run(options: argparse.Namespace) -> None:
     for op, bandwidth, bench in (
         ("expert_mlp", memory_gbps, _bench_expert_mlp),
         ("decode_attention", memory_gbps, _bench_decode_attention),
+        ("chunk_attention", memory_gbps, _bench_chunk_attention),
         ("norm_linear", memory_gbps, _bench_norm_linear),
         ("route", memory_gbps, functools.partial(_bench_decision, "route")),
         ("admit", memory_gbps, functools.partial(_bench_decision, "admit")),
@@ -217,6 +229,14 @@ def _bench_decode_attention(
     num_bytes, calls = bench_attention.num_bytes(spec), options.iterations * CALLS
     for name, us, error in bench_attention.measure(spec, calls, 4 * CALLS, _seconds(options)):
         yield Row.of("decode_attention", spec.name, name, us, num_bytes, gbps, error)
+
+
+def _bench_chunk_attention(
+    spec: chunk_attention_specs.ChunkAttentionSpec, gbps: float, options: argparse.Namespace
+) -> Iterator[Row]:
+    work = bench_chunk_attention.num_bytes(spec), bench_chunk_attention.num_operations(spec)
+    for name, us, error, least_us in bench_chunk_attention.measure(spec, options.iterations * CALLS, _seconds(options)):
+        yield Row.of("chunk_attention", spec.name, name, us, work[0], gbps, error, least_us, work[1])
 
 
 def _bench_norm_linear(

@@ -1,8 +1,5 @@
 """Grouped-query attention with q/k norms over a KV cache."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -10,17 +7,16 @@ from jaxtyping import Array, Float, Int
 from jmoe.config import ModelConfig
 from jmoe.model.kv_cache import KVCache, append, replace_layer
 from jmoe.model.layers import Linear, RMSNorm
+from kernels_pallas.chunk_attention.api import chunk_attention
 from kernels_pallas.decode_attention import reference
 from kernels_pallas.decode_attention.api import decode_attention
-
-# Scores of one block of queries are materialised in float32; longer chunks go block by block.
-MAX_SCORE_BYTES = 256 * 2**20
 
 
 class Attention(nnx.Module):
     """softmax(q kᵀ / sqrt(H)) v over the cached and the new positions; q, k and v are one projection.
 
-    `implementation` is that of `decode_attention`, which does single tokens, and of the projections of few rows.
+    `implementation` is that of `decode_attention`, which does single tokens, of `chunk_attention`, which does several,
+    and of the projections of few rows.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
@@ -81,41 +77,12 @@ class Attention(nnx.Module):
         queries = reference.rotate(self.q_norm(queries), *angles)
         keys = reference.rotate(self.k_norm(keys), *angles)
         cache = append(cache, layer, keys, values, positions, valid)
-        out = attend(queries, cache.keys[layer], cache.values[layer], positions, config.sliding_window)
+        out = chunk_attention(
+            queries,
+            cache.keys[layer],
+            cache.values[layer],
+            positions,
+            sliding_window=config.sliding_window,
+            implementation=self.implementation,
+        )
         return out.reshape(*out.shape[:2], heads * config.head_dim), cache
-
-
-def attend(
-    queries: Float[Array, "B T N H"],
-    keys: Float[Array, "B S K H"],
-    values: Float[Array, "B S K H"],
-    positions: Int[Array, "B T"],
-    sliding_window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Causal attention of queries at `positions` over the cache; scores and softmax in float32."""
-    block = query_block(queries.shape, keys.shape[1])
-    if block == queries.shape[1]:
-        return reference.attend(queries, keys, values, positions, sliding_window)
-    batch, num_queries = queries.shape[:2]
-
-    # A backward pass computes the scores again: kept, they would be what blocks are there to avoid.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(queries, positions):
-        return reference.attend(queries, keys, values, positions, sliding_window)
-
-    def replace(n, blocks):
-        """With what attention gives in place of the queries: XLA would make an array for each layer's at once."""
-        return blocks.at[n].set(one(blocks[n], block_positions[n]))
-
-    blocks = jnp.moveaxis(queries.reshape(batch, num_queries // block, block, *queries.shape[2:]), 1, 0)
-    block_positions = jnp.moveaxis(positions.reshape(batch, -1, block), 1, 0)
-    out = jax.lax.fori_loop(0, num_queries // block, replace, blocks)
-    return jnp.moveaxis(out, 0, 1).reshape(queries.shape)
-
-
-def query_block(shape: tuple[int, ...], num_positions: int) -> int:
-    """Largest power-of-two fraction of T whose float32 scores fit in MAX_SCORE_BYTES."""
-    batch, block, heads, _ = shape
-    while block % 2 == 0 and batch * heads * block * num_positions * 4 > MAX_SCORE_BYTES:
-        block //= 2
-    return block

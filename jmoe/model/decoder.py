@@ -122,8 +122,8 @@ def build_decoder(
 ) -> Decoder:
     """The decoder with these parameters, by flat path ("layers/0/attention/o_proj/kernel").
 
-    `implementation` is that of `route`, of `decode_attention`, which does single tokens, and of `norm_linear`, which
-    does few rows.
+    `implementation` is that of `route`, of `decode_attention`, which does single tokens, of `chunk_attention`, which
+    does several, and of `norm_linear`, which does few rows.
 
     Raises RuntimeError unless they are exactly the decoder's.
     """

@@ -16,7 +16,7 @@ from kernels_pallas.decode_attention.reference import write
 class KVCache:
     """Keys and values, one array [B, S, K, H] a layer, and the number of valid positions of each sequence.
 
-    Positions at or beyond `lengths` are never read, so they may hold anything.
+    Positions at or beyond `lengths` are never seen: they may hold any finite number (0 times NaN would be NaN).
     """
 
     keys: tuple[Float[Array, "B S K H"], ...]

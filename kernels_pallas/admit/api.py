@@ -23,12 +23,13 @@ def resolve(implementation: str | None) -> str:
 
 def choose(implementation: str | None, expert_ids, slot_of) -> str:
     """`resolve`, and for None the reference where the kernel cannot do these shapes. Raises as `admit` does."""
-    name = resolve(implementation)
-    if implementation is None and name == "mosaic_gpu":
-        from kernels_pallas.admit import mosaic_gpu
+    return backends.choose("admit", IMPLEMENTATIONS, implementation, lambda: _mosaic_gpu_problem(expert_ids, slot_of))
 
-        return "reference" if mosaic_gpu.problem(expert_ids, slot_of) else name
-    return name
+
+def _mosaic_gpu_problem(expert_ids, slot_of) -> str | None:
+    from kernels_pallas.admit import mosaic_gpu
+
+    return mosaic_gpu.problem(expert_ids, slot_of)
 
 
 def admit(

@@ -22,12 +22,15 @@ def resolve(implementation: str | None) -> str:
 
 def choose(implementation: str | None, qkv, keys, num_heads: int) -> str:
     """`resolve`, and for None the reference where the kernels cannot do these shapes."""
-    name = resolve(implementation)
-    if implementation is None and name == "mosaic_gpu":
-        from kernels_pallas.decode_attention import mosaic_gpu
+    return backends.choose(
+        "decode_attention", IMPLEMENTATIONS, implementation, lambda: _mosaic_gpu_problem(qkv, keys, num_heads)
+    )
 
-        return "reference" if mosaic_gpu.problem(qkv, keys, num_heads) else name
-    return name
+
+def _mosaic_gpu_problem(qkv, keys, num_heads: int) -> str | None:
+    from kernels_pallas.decode_attention import mosaic_gpu
+
+    return mosaic_gpu.problem(qkv, keys, num_heads)
 
 
 def decode_attention(

@@ -1,7 +1,9 @@
-"""Attention in jnp: its parts, which the model's longer chunks are made of too, and all of them for one new token."""
+"""Attention of one new token in jnp; norm, rotation and writing are those of the model's longer chunks too."""
 
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.chunk_attention.reference import attend
 
 
 def rms_norm(x, scale, eps: float):
@@ -24,27 +26,6 @@ def write(cached, new, positions, valid):
     at = jnp.where(valid, positions, cached.shape[1])  # beyond the end: dropped
     rows = jnp.arange(at.shape[0])[:, None]
     return cached.at[rows, at].set(new.astype(cached.dtype), mode="drop", unique_indices=False)
-
-
-def attend(queries, keys, values, positions, sliding_window: int | None):
-    """[B, T, N, H]: queries at `positions` [B, T] over keys and values [B, S, K, H]; scores and softmax in float32."""
-    batch, num_queries, heads, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    grouped = queries.reshape(batch, num_queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    seen = visible(positions, keys.shape[1], sliding_window)  # [B, T, S]
-    scores = jnp.where(seen[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, values, preferred_element_type=jnp.float32)
-    return out.astype(queries.dtype).reshape(queries.shape)
-
-
-def visible(positions, num_positions: int, sliding_window: int | None):
-    """Which positions a query sees, [B, T, S]: its own and those before, within the sliding window if there is one."""
-    at = jnp.arange(num_positions)[None, None, :]
-    query = positions[:, :, None]
-    seen = at <= query
-    return seen if sliding_window is None else seen & (at > query - sliding_window)
 
 
 def decode_attention(

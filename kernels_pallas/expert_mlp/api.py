@@ -32,12 +32,13 @@ def resolve(implementation: str | None) -> str:
 
 def choose(implementation: str | None, x, slots) -> str:
     """`resolve`, and for None the reference where the kernels cannot do these shapes. Raises as `expert_mlp` does."""
-    name = resolve(implementation)
-    if implementation is None and name == "mosaic_gpu":
-        from kernels_pallas.expert_mlp import mosaic_gpu
+    return backends.choose("expert_mlp", IMPLEMENTATIONS, implementation, lambda: _mosaic_gpu_problem(x, slots))
 
-        return "reference" if mosaic_gpu.problem(x, slots) else name
-    return name
+
+def _mosaic_gpu_problem(x, slots) -> str | None:
+    from kernels_pallas.expert_mlp import mosaic_gpu
+
+    return mosaic_gpu.problem(x, slots)
 
 
 def expert_mlp(

@@ -23,12 +23,13 @@ def resolve(implementation: str | None) -> str:
 
 def choose(implementation: str | None, x, kernel) -> str:
     """`resolve`, and for None the reference where the kernel cannot do these shapes. Raises as `norm_linear` does."""
-    name = resolve(implementation)
-    if implementation is None and name == "mosaic_gpu":
-        from kernels_pallas.norm_linear import mosaic_gpu
+    return backends.choose("norm_linear", IMPLEMENTATIONS, implementation, lambda: _mosaic_gpu_problem(x, kernel))
 
-        return "reference" if mosaic_gpu.problem(x, kernel) else name
-    return name
+
+def _mosaic_gpu_problem(x, kernel) -> str | None:
+    from kernels_pallas.norm_linear import mosaic_gpu
+
+    return mosaic_gpu.problem(x, kernel)
 
 
 def norm_linear(

@@ -22,12 +22,13 @@ def resolve(implementation: str | None) -> str:
 
 def choose(implementation: str | None, logits) -> str:
     """`resolve`, and for None the reference where the kernel cannot do these shapes. Raises as `route` does."""
-    name = resolve(implementation)
-    if implementation is None and name == "mosaic_gpu":
-        from kernels_pallas.route import mosaic_gpu
+    return backends.choose("route", IMPLEMENTATIONS, implementation, lambda: _mosaic_gpu_problem(logits))
 
-        return "reference" if mosaic_gpu.problem(logits) else name
-    return name
+
+def _mosaic_gpu_problem(logits) -> str | None:
+    from kernels_pallas.route import mosaic_gpu
+
+    return mosaic_gpu.problem(logits)
 
 
 def route(
