@@ -78,7 +78,9 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--expert-slots", type=int, metavar="N", help="device slots of each MoE layer")
-    group.add_argument("--staging-slots", type=int, metavar="N", help="device slots that all layers share")
+    group.add_argument(
+        "--staging-slots", type=int, metavar="N", help="experts that stream at a time; twice as many slots"
+    )
     group.add_argument("--device-memory", type=parse_size, metavar="SIZE", help="the most to use of the device")
     group.add_argument("--host-memory", type=parse_size, metavar="SIZE", help="the most to pin of the host")
     group.add_argument("--batch-size", type=int, metavar="N", help="prompts at a time; default: all of them")

@@ -186,14 +186,15 @@ _POSITIVE = (
 class RuntimeConfig:
     """How this machine runs a model. None means: chosen automatically, and said once.
 
-    `expert_slots` is the number of device slots of each MoE layer (num_experts_per_tok … num_experts); `staging_slots`
-    are shared by all layers. `prefill_chunk` tokens of each prompt are taken in at a time; automatically as many as
-    pay, since each chunk streams what is not resident. `device_memory_bytes` and `host_memory_bytes` bound what the
-    plan may use. `dtype` overrides the checkpoint's. `implementation` "reference" runs plain JAX instead of the
-    kernels. `decode_chunk` is the most tokens that one call of the jitted step produces. `record_routing` keeps which
-    experts every token went to, see `Generation.trace`. `profiled` lets a profiler see every kernel, which takes a
-    little speed: a call of a step waits for the one before, each turn of its loops for the host. `residency_policy`
-    names what decides which experts keep their slots (docs/residency.md).
+    `expert_slots` is the number of device slots of each MoE layer (num_experts_per_tok … num_experts). Where a layer
+    needs more, `staging_slots` experts stream at a time, through twice as many slots that all layers share: some are
+    multiplied with while the next ones come. `prefill_chunk` tokens of each prompt are taken in at a time;
+    automatically as many as pay, since each chunk streams what is not resident. `device_memory_bytes` and
+    `host_memory_bytes` bound what the plan may use. `dtype` overrides the checkpoint's. `implementation` "reference"
+    runs plain JAX instead of the kernels. `decode_chunk` is the most tokens that one call of the jitted step produces.
+    `record_routing` keeps which experts every token went to, see `Generation.trace`. `profiled` lets a profiler see
+    every kernel, which takes a little speed: a call of a step waits for the one before, each turn of its loops for the
+    host. `residency_policy` names what decides which experts keep their slots (docs/residency.md).
 
     `draft` says how many tokens speculative decoding drafts at a time (docs/speculative.md): "off", a number, or
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by

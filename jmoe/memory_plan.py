@@ -13,7 +13,7 @@ from jmoe.model.kv_cache import kv_bytes, kv_shape
 from kernels_pallas.chunk_attention import api as chunk_attention_api
 
 DEFAULT_MAX_SEQ_LEN = 4096
-STAGING_BYTES = 128 * 2**20  # enough for one wave to hide the start and the end of its fetch
+STAGING_BYTES = 128 * 2**20  # two waves, each long enough to hide what is multiplied, its own start and its end
 LEAST_PREFILL_CHUNK = 512  # tokens of a sequence
 MOST_PREFILL_ROWS = 4096  # tokens of a batch
 PREFILL_SHARE = 1 / 32  # of the device, that longer chunks may take
@@ -56,7 +56,7 @@ class MemoryPlan:
                 self.slots_bytes,
                 f"{layout.slots_per_layer} of {layout.num_experts} a layer ({share:.1%})",
             ),
-            ("staging slots", self.staging_bytes, f"{layout.num_staging}"),
+            ("staging slots", self.staging_bytes, f"2 x {layout.num_staging}, for all layers"),
             ("KV cache", self.kv_bytes, f"{self.batch_size} x {self.max_seq_len} positions"),
             ("workspace", self.workspace_bytes, f"prefill {self.prefill_chunk} tokens at a time"),
             *([("prefetch", self.prefetch_bytes, "")] if self.prefetch_bytes else []),
@@ -139,11 +139,11 @@ def plan_memory(
     device_limit = min(runtime.device_memory_bytes or device_limit_bytes, device_limit_bytes)
     prefill_chunk = runtime.prefill_chunk or _prefill_chunk(config, runtime, max_seq_len, device_limit)
     prefill_chunk = min(prefill_chunk, max_seq_len)
-    staging = runtime.staging_slots or max(2, STAGING_BYTES // config.expert_bytes)
-    staging = min(staging, config.num_experts)
+    staging = runtime.staging_slots or max(1, STAGING_BYTES // (2 * config.expert_bytes))
+    staging = min(staging, -(-config.num_experts // 2))  # the other half comes in the next wave
     fixed = {
         "trunk": trunk_bytes,
-        "staging slots": staging * config.expert_bytes,
+        "staging slots": 2 * staging * config.expert_bytes,
         "KV cache": kv_bytes(config, runtime.batch_size, max_seq_len),
         "workspace": workspace_bytes(
             config,

@@ -6,7 +6,7 @@ N  query heads                   K  key/value heads
 H  head dimension                V  vocabulary
 E  experts of one layer          A  active experts per token
 F  expert width                  G  expert groups of one expert_mlp call
-R  slots on the device           W  staging slots
+R  slots on the device           W  experts of a wave
 L  layers                        P  entries of a fetch plan
 """
 

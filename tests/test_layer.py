@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe import memory
+from jmoe.experts import layer as seam
 from jmoe.experts.layer import (
     Groups,
     OffloadedExperts,
@@ -16,10 +17,11 @@ from jmoe.experts.layer import (
     group_by_expert,
     tokens_of_experts,
 )
-from jmoe.experts.residency import NONE
+from jmoe.experts.residency import NONE, Residency
 from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
 from jmoe.experts.store import ExpertStore
 from jmoe.model.router import Routing
+from kernels_pallas.fetch import api as fetch_api
 from tests.twin import Twin, TwinLRU
 
 E, A, F, D, NUM_LAYERS = 8, 2, 8, 16, 2
@@ -88,7 +90,7 @@ def start(num_slots: int) -> ExpertSlots:
     All is committed to its device, as a step's outputs are: else the second step would compile anew.
     """
     slots = init_slots(store(), layout(num_slots), policy="lru")
-    slots = dataclasses.replace(slots, staging=jnp.full_like(slots.staging, np.nan))
+    slots = dataclasses.replace(slots, staging=tuple(jnp.full_like(half, np.nan) for half in slots.staging))
     return jax.device_put(slots, jax.devices()[0])
 
 
@@ -118,6 +120,76 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
     assert not np.any(jax.tree.leaves(unused))
     assert int(slots.residency.clock) == (len(KINDS) if admits else 0)
     assert_slots_hold_their_owners(slots)
+
+
+def prefill_of_one_layer(num_staging: int):
+    """Two slots, and staging slots that hold NaN."""
+    sizes = dataclasses.replace(layout(2), num_staging=num_staging)
+
+    def run(store: ExpertStore, residency: Residency, x, routing):
+        staging = tuple(jnp.full((num_staging, 3, F, D), jnp.nan) for _ in range(2))
+        slots = ExpertSlots(
+            tuple(jax.device_put(layer[:2], jax.memory.Space.Device) for layer in store.layers), staging, residency
+        )
+        experts = OffloadedExperts(store, slots, sizes, admits=False, policy="lru")
+        return experts(0, x, routing, experts.start())[0]
+
+    return run
+
+
+@pytest.mark.parametrize("num_staging", range(1, 5))
+@pytest.mark.parametrize("kind", ["one_expert", "everything", "random", "no_token"])
+def test_waves_of_any_size_bring_what_is_missing_and_no_more(
+    kind: str, num_staging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+
+    def fetch(store, slots, expert_ids, slot_ids, count, **options):
+        jax.debug.callback(lambda count: fetched.append(int(count)), count)
+        return fetch_api.fetch(store, slots, expert_ids, slot_ids, count, **options)
+
+    monkeypatch.setattr(seam, "fetch", fetch)
+    rng = np.random.default_rng(num_staging)
+    x, routing = jnp.asarray(rng.normal(size=(5, D)), jnp.float32), make_routing(kind, 5, rng)
+    y = jax.jit(prefill_of_one_layer(num_staging))(store(), start(2).residency, x, routing)
+    wanted = resident()([x, x], [routing, routing])[0]
+    jax.effects_barrier()
+    np.testing.assert_allclose(y, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
+    num_missing = len(asked(routing) - {0, 1})
+    assert sum(fetched) == num_missing
+    assert sorted(fetched, reverse=True)[: -(-num_missing // num_staging)] == [
+        min(num_staging, num_missing - start) for start in range(0, num_missing, num_staging)
+    ]
+
+
+def test_each_wave_comes_while_what_came_before_is_multiplied_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the program keeps a fetch waiting for the arithmetic beside it, nor that for the fetch."""
+    monkeypatch.setattr(seam, "fetch", jax.jit(fetch_api.fetch, static_argnames="implementation"))
+    monkeypatch.setattr(seam, "multiply", jax.jit(seam.multiply, static_argnums=4))
+    routing = make_routing("everything", 5, np.random.default_rng(0))
+    program = jax.make_jaxpr(prefill_of_one_layer(3))(store(), start(2).residency, jnp.zeros((5, D)), routing)
+    [loop] = [equation for equation in program.eqns if equation.primitive.name == "while"]
+    assert calls(program.jaxpr) == [("fetch", set()), ("multiply", set())]
+    assert calls(loop.params["body_jaxpr"].jaxpr) == [
+        ("fetch", set()),
+        ("multiply", set()),
+        ("fetch", {"multiply"}),
+        ("multiply", {"fetch", "multiply"}),
+    ]
+
+
+def calls(program) -> list[tuple[str, set[str]]]:
+    """The fetches and products of a jaxpr in their order, each with the names of those that it has to wait for."""
+    needed: dict = {}  # by variable
+    found = []
+    for equation in program.eqns:
+        waits_for = set().union(*(needed.get(id(variable), set()) for variable in equation.invars))
+        name = equation.params.get("name")
+        if name in ("fetch", "multiply"):
+            found.append((name, waits_for))
+            waits_for = waits_for | {name}
+        needed |= {id(variable): waits_for for variable in equation.outvars}
+    return found
 
 
 def tokens(routing: Routing) -> list[int]:
@@ -187,6 +259,6 @@ def test_only_the_chosen_groups(pattern: int) -> None:
 def test_slots_start_with_the_first_experts(num_slots: int) -> None:
     slots = init_slots(store(), layout(num_slots))
     assert [layer.shape for layer in slots.layers] == [(num_slots, 3, F, D)] * NUM_LAYERS
-    assert slots.staging.shape == (3, 3, F, D)
+    assert [half.shape for half in slots.staging] == [(3, 3, F, D)] * 2
     assert np.asarray(slots.residency.stacked.owner).tolist() == [list(range(num_slots))] * NUM_LAYERS
     assert_slots_hold_their_owners(slots)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -37,7 +36,7 @@ def reference_row(
     for batch, params in zip(prompts, requests, strict=True):
         sampling, mode = batch_sampling(params, ()), sampling_mode(params)
         residency = init_residency(len(config.moe_layers), config.num_experts, 1)
-        no_slots = ExpertSlots((), jnp.zeros((0, *config.expert_shape), config.dtype), residency)
+        no_slots = ExpertSlots((), (), residency)
         budget = [each.max_new_tokens for each in params]
         state = init_state(config, len(batch), plan.max_seq_len, budget, no_slots)
         start = time.perf_counter()

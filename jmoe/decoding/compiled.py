@@ -1,10 +1,13 @@
 """How the jitted steps are compiled."""
 
+import itertools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from kernels_pallas.prefetch import api as prefetch_api
 
 COMPILER_OPTIONS = {
     # XLA would time variants of a fusion on buffers of its own, which no memory plan knows of: at the head, a copy of
@@ -20,17 +23,42 @@ _LOOPS_IN_GRAPHS = {
 class StepJit:
     """jax.jit of a method of steps, which are its static `self`; to be used as a decorator.
 
+    `overlaps`, of the same positional arguments, says whether a call has copies that are to run beside its arithmetic.
     Where the steps' `profiled` is true the host launches each turn of a loop: of what a CUDA graph repeats a profiler
-    sees one turn only. From the class the other program is to be had, as `jax.jit` makes it.
+    sees one turn only.
     """
 
-    def __init__(self, fun: Callable, compiler_options: Mapping[str, Any] | None = None, **jit_options: Any):
-        options = {**COMPILER_OPTIONS, **(compiler_options or {})}
+    def __init__(self, fun: Callable, overlaps: Callable[..., bool] = lambda *args: False, **jit_options: Any):
         jit_options["static_argnames"] = ("self", *jit_options.get("static_argnames", ()))
-        self._profiled = jax.jit(fun, compiler_options=options, **jit_options)
-        self._in_graphs = jax.jit(fun, compiler_options={**options, **_LOOPS_IN_GRAPHS}, **jit_options)
+        self._overlaps = overlaps
+        self._programs: dict[tuple[bool, bool], Any] = {
+            (profiled, overlapping): jax.jit(fun, compiler_options=_options(profiled, overlapping), **jit_options)
+            for profiled, overlapping in itertools.product((False, True), repeat=2)
+        }
 
     def __get__(self, steps: Any, owner: type) -> Any:
-        if steps is None:
-            return self._in_graphs
-        return types.MethodType(self._profiled if steps.profiled else self._in_graphs, steps)
+        return self if steps is None else types.MethodType(self, steps)
+
+    def __call__(self, steps: Any, *args: Any, **options: Any) -> Any:
+        return self._program(steps, *args)(steps, *args, **options)
+
+    def trace(self, steps: Any, *args: Any, **options: Any) -> jax.stages.Traced:
+        return self._program(steps, *args).trace(steps, *args, **options)
+
+    def lower(self, steps: Any, *args: Any, **options: Any) -> jax.stages.Lowered:
+        return self._program(steps, *args).lower(steps, *args, **options)
+
+    def _program(self, steps: Any, *args: Any) -> Any:
+        return self._programs[steps.profiled, self._overlaps(steps, *args)]
+
+    def _cache_size(self) -> int:
+        """How many programs were compiled, as `jax.jit` says it."""
+        return sum(program._cache_size() for program in self._programs.values())
+
+
+def _options(profiled: bool, overlapping: bool) -> dict[str, Any]:
+    return {
+        **COMPILER_OPTIONS,
+        **({} if profiled else _LOOPS_IN_GRAPHS),
+        **(prefetch_api.COMPILER_OPTIONS if overlapping else {}),
+    }

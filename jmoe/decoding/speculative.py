@@ -8,6 +8,7 @@ verification's. So the tokens, greedy or sampled, are those that plain decoding 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,10 @@ class Verified:
     counters: Counters | None = None
 
 
+def _verifies_in_waves(cycles: "SpeculativeSteps", params, store: ExpertStore, state: DecodeState, *_: Any) -> bool:
+    return cycles.steps.in_waves(state.last_tokens.size * (cycles.max_draft_tokens + 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class SpeculativeSteps:
     """The speculative step of a model: static and quickly hashed, as `Steps`, which has the plain ones.
@@ -73,7 +78,12 @@ class SpeculativeSteps:
         """The draft set before the first verification, or where plain steps came between."""
         return draft.start(self.draft, experts, distances, self.steps.policy)
 
-    @functools.partial(StepJit, static_argnames=("capacity", "mode"), donate_argnames=("state", "draft_set"))
+    @functools.partial(
+        StepJit,
+        static_argnames=("capacity", "mode"),
+        donate_argnames=("state", "draft_set"),
+        overlaps=_verifies_in_waves,
+    )
     def decode(
         self,
         params,

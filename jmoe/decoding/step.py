@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,6 @@ from jmoe.experts.store import ExpertStore
 from jmoe.model.decoder import Decoder, build_decoder
 from jmoe.model.kv_cache import KVCache, init_kv_cache
 from jmoe.model.router import Routing
-from kernels_pallas.prefetch import api as prefetch_api
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +74,14 @@ class Chunk:
     prompt_lengths: Int[Array, " B"]
 
 
+def _prefills_in_waves(steps: "Steps", *_: Any) -> bool:
+    return not (steps.resident or steps.layout.all_resident)
+
+
+def _decodes_in_waves(steps: "Steps", params, store: ExpertStore, state: DecodeState, *_: Any) -> bool:
+    return steps.in_waves(state.last_tokens.size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The steps of one model. Everything here is static and quickly hashed, so that it may be `self` under jit.
@@ -88,6 +96,10 @@ class Steps:
     record: bool = False  # whether prefill and decode also return what was routed
     policy: str = DEFAULT_POLICY  # of residency, a name of `jmoe.experts.policies.POLICIES`
     profiled: bool = False  # whether a profiler is to see every kernel, see `StepJit`
+
+    def in_waves(self, num_rows: int) -> bool:
+        """Whether steps that admit, of so many tokens, may need more experts of a layer than it has slots."""
+        return not self.resident and self.layout.overflows(num_rows * self.config.num_experts_per_tok)
 
     def decoder(self, params) -> Decoder:
         """The model with these parameters."""
@@ -127,7 +139,7 @@ class Steps:
         state = dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
         return hidden, state, routings, experts.prefetched(carry)
 
-    @functools.partial(StepJit, static_argnames=("mode",), donate_argnames=("state",))
+    @functools.partial(StepJit, static_argnames=("mode",), donate_argnames=("state",), overlaps=_prefills_in_waves)
     def prefill(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
     ) -> tuple[DecodeState, Routed | None]:
@@ -142,7 +154,7 @@ class Steps:
         state = self._advance(state, chunk.is_last, tokens, logprobs, sampling)
         return state, routed_in(routings, chunk.num_valid.size) if self.record else None
 
-    @functools.partial(StepJit, donate_argnames=("state",))
+    @functools.partial(StepJit, donate_argnames=("state",), overlaps=_prefills_in_waves)
     def prefill_hidden(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
@@ -168,7 +180,9 @@ class Steps:
         inputs = self.decoder(params), store, state, chunk.token_ids, valid, chunk.prompt_lengths
         return self.forward(*inputs, admits=False, executed=executed)
 
-    @functools.partial(StepJit, static_argnames=("capacity", "mode"), donate_argnames=("state",))
+    @functools.partial(
+        StepJit, static_argnames=("capacity", "mode"), donate_argnames=("state",), overlaps=_decodes_in_waves
+    )
     def decode(
         self,
         params,
@@ -191,7 +205,7 @@ class Steps:
         StepJit,
         static_argnames=("prefetch_experts", "capacity", "mode"),
         donate_argnames=("state",),
-        compiler_options=prefetch_api.COMPILER_OPTIONS,
+        overlaps=lambda *_: True,
     )
     def decode_prefetching(
         self,

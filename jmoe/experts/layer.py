@@ -134,7 +134,7 @@ class Progress:
     miss, and `arrivals` what came early for each so far, or each but the first.
     """
 
-    staging: Float[Array, "W 3 F D"]
+    staging: tuple[Float[Array, "W 3 F D"], ...]
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
     expert_ids: tuple[Int[Array, "T A"], ...] = ()
@@ -272,7 +272,7 @@ class OffloadedExperts(MoE):
             admitted = self._admit(moe_layer, routing, carry.outlook)
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
-        if self.admits and admitted.group_slots.size <= self.layout.slots_per_layer:
+        if self.admits and not self.layout.overflows(routing.expert_ids.size):
             arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
         else:
@@ -316,29 +316,68 @@ class OffloadedExperts(MoE):
         return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots
 
     def _in_waves(self, moe_layer: int, x, groups: Groups, layer: LayerResidency, slots, staging):
-        """Residents where they are; the others through the staging slots, as many at a time as there are."""
+        """Residents where they are, while the first wave of the others comes; each wave while the next one comes.
+
+        A turn of the loop is two waves, so that each half of the staging slots is an array that is changed in place.
+        """
         asked = groups.expert_ids != NONE
         resident = asked & (layer.slot_of[jnp.maximum(groups.expert_ids, 0)] != NONE)
+        waves = Waves.of(self.store.layers[moe_layer], groups, asked & ~resident, self.layout, self.implementation)
+        even, odd = staging
+        even = waves.fetch(0, even, after=slots[:1, 0, 0, :1] if self.admits else None)  # what is to stay comes before
         here = groups.only(resident, min(asked.size, self.layout.slots_per_layer))
         y = multiply(x, slots, slots_of(layer, here.expert_ids), here, self.implementation)
 
-        size = self.layout.num_staging
-        missing = asked & ~resident
-        num_missing = jnp.sum(missing, dtype=jnp.int32)
-        away = groups.only(missing, asked.size + -asked.size % size)  # whole waves
-        places = jnp.arange(size, dtype=jnp.int32)
+        def two_waves(turn, state):
+            y, even, odd = state
+            odd = waves.fetch(2 * turn + 1, odd)
+            y = waves.add(y, x, 2 * turn, even)
+            even = waves.fetch(2 * turn + 2, even, after=y[:1, :1])
+            return waves.add(y, x, 2 * turn + 1, odd), even, odd
 
-        def wave(n, state):
-            y, staging = state
-            expert_ids = jax.lax.dynamic_slice_in_dim(away.expert_ids, n * size, size)
-            weights = jax.lax.dynamic_slice_in_dim(away.weights, n * size, size)
-            plan = FetchPlan(jnp.maximum(expert_ids, 0), places, jnp.minimum(num_missing - n * size, size))
-            comers = Groups(expert_ids, weights, groups.per_row, plan.count)
-            staging = self._fetch(moe_layer, staging, plan)
-            arrived = jnp.where(places < plan.count, places, 0)  # what no expert came to is not read
-            return y + multiply(x, staging, arrived, comers, self.implementation), staging
+        y, *staging = jax.lax.fori_loop(0, -(-waves.count // (2 * waves.size)), two_waves, (y, even, odd))
+        return y, tuple(staging)
 
-        return jax.lax.fori_loop(0, -(-num_missing // size), wave, (y, staging))
+
+@dataclasses.dataclass(frozen=True)
+class Waves:
+    """Groups whose experts have no slot, `size` of them at a time: `count` in all, then some that weigh nothing."""
+
+    store: Float[Array, "E 3 F D"]
+    groups: Groups
+    count: Int[Array, ""]
+    size: int
+    implementation: str | None
+
+    @staticmethod
+    def of(store, groups: Groups, missing: Bool[Array, " G"], layout: SlotLayout, implementation) -> "Waves":
+        size = layout.num_staging
+        away = groups.only(missing, missing.size + -missing.size % (2 * size))  # whole pairs of waves
+        return Waves(store, away, jnp.sum(missing, dtype=jnp.int32), size, implementation)
+
+    def count_of(self, wave: Int[Array, ""] | int) -> Int[Array, ""]:
+        return jnp.clip(self.count - wave * self.size, 0, self.size)
+
+    def fetch(self, wave: Int[Array, ""] | int, onto: Float[Array, "W 3 F D"], after: Array | None = None):
+        """The experts of a wave in the first of these slots; nothing, if there is no such wave."""
+        expert_ids = jax.lax.dynamic_slice_in_dim(self.groups.expert_ids, wave * self.size, self.size)
+        copies = expert_ids, jnp.arange(self.size, dtype=jnp.int32), self.count_of(wave)
+        with jax.named_scope("fetch"):
+            return fetch(self.store, onto, *copies, after=after, implementation=self.implementation)
+
+    def add(self, y: Float[Array, "T D"], x, wave: Int[Array, ""], experts: Float[Array, "W 3 F D"]):
+        """y, and what the experts of a wave make of x.
+
+        After all that makes y: XLA would as soon begin with the last wave to come, and let its temporaries lie where
+        those of the others do.
+        """
+        y, x = jax.lax.optimization_barrier((y, x))
+        groups, places, count = self.groups, jnp.arange(self.size, dtype=jnp.int32), self.count_of(wave)
+        weights = jax.lax.dynamic_slice_in_dim(groups.weights, wave * self.size, self.size)
+        come = jnp.where(places < count, places, 0)  # what no expert came to is not read
+        comers = Groups(groups.expert_ids, weights, groups.per_row, count)
+        more = multiply(x, experts, come, comers, self.implementation)
+        return jnp.where(count > 0, y + more, y)  # for a wave of nobody nothing may ever have come
 
 
 def plan_of(admitted: Admitted) -> FetchPlan:

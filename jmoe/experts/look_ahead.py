@@ -75,7 +75,7 @@ def pays(layout: SlotLayout, num_choices: int) -> bool:
     They have not where every expert is resident, nor where a layer may ask for more experts than it has slots: what
     has no slot then goes through the staging slots, which take nothing that came early.
     """
-    return not layout.all_resident and min(num_choices, layout.num_experts) <= layout.slots_per_layer
+    return not layout.all_resident and not layout.overflows(num_choices)
 
 
 def guess(odds: Float[Array, " E"], slot_of: Int[Array, " E"], num_asked: int, num_experts: int) -> Guess:

@@ -8,10 +8,10 @@ from kernels_pallas.prefetch import arrivals as prefetched
 from kernels_pallas.prefetch.arrivals import Arrivals
 
 
-def _mosaic_gpu(store, slots, expert_ids, slot_ids, count, arrivals):
+def _mosaic_gpu(store, slots, expert_ids, slot_ids, count, arrivals, after):
     from kernels_pallas.fetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
 
-    return mosaic_gpu.fetch(store, slots, expert_ids, slot_ids, count, arrivals)
+    return mosaic_gpu.fetch(store, slots, expert_ids, slot_ids, count, arrivals, after)
 
 
 IMPLEMENTATIONS = {"reference": reference.fetch, "mosaic_gpu": _mosaic_gpu}
@@ -29,6 +29,7 @@ def fetch(
     slot_ids: Int[Array, " P"],
     count: Int[Array, ""],
     arrivals: Arrivals | None = None,
+    after: Array | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R 3 F D"]:
@@ -39,6 +40,9 @@ def fetch(
 
     Rows that are among `arrivals` are taken from there, not from the store; of experts that the plan does not name,
     arrivals are of no matter.
+
+    It begins when `after` is computed, if that is given: an array whose values are of no matter. On a GPU, in a program
+    with `prefetch.api.COMPILER_OPTIONS`, the copy runs beside what has to do with neither slots nor `after`.
 
     Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for an implementation that cannot run
     here.
@@ -54,4 +58,4 @@ def fetch(
         )
     if why := arrivals and prefetched.problem(arrivals, slots):
         raise ValueError(f"fetch: {why}")
-    return IMPLEMENTATIONS[resolve(implementation)](store, slots, expert_ids, slot_ids, count, arrivals)
+    return IMPLEMENTATIONS[resolve(implementation)](store, slots, expert_ids, slot_ids, count, arrivals, after)

@@ -32,10 +32,12 @@ def fetch(
     slot_ids,
     count,
     arrivals: Arrivals | None = None,
+    after=None,
     *,
     config: Config | None = None,
     interpret=None,
 ):
+    """`after` is an operand of the kernel that it does not read: XLA starts it no sooner."""
     config = config or tuning.configured(key(store), Config())
     tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
     ref = jax.new_ref(tile.flat(slots))
@@ -43,7 +45,7 @@ def fetch(
     kernel = tile_ring.kernel(body, tile, config, store.dtype, interpret=interpret)
     plan = (expert_ids.astype(jnp.int32), slot_ids.astype(jnp.int32), count.astype(jnp.int32).reshape(1))
     come = () if arrivals is None else (arrivals.expert_ids, arrivals.num_rows, tile.flat(arrivals.weights))
-    kernel(*plan, device_view(tile.flat(store)), *come, ref)
+    kernel(*plan, device_view(tile.flat(store)), *come, *(() if after is None else (after,)), ref)
     return jax.freeze(ref).reshape(slots.shape)
 
 
@@ -52,7 +54,7 @@ def _copy_plan(tile: Tiling, config: Config, width: int, *, takes_arrivals: bool
 
     def copy_plan(expert_ids, slot_ids, count, store, *refs):
         # expert_ids, slot_ids [P], count [1]; store [E, rows, columns] (host); slots [R, rows, columns]
-        # come, if there are arrivals: expert_ids, num_rows, weights [_, rows, columns]
+        # come, if there are arrivals: expert_ids, num_rows, weights [_, rows, columns]; and what it waits for
         *come, slots, stages, arrived = refs
 
         def load(entry, rows, stage, arrived) -> None:
@@ -62,7 +64,7 @@ def _copy_plan(tile: Tiling, config: Config, width: int, *, takes_arrivals: bool
             if not takes_arrivals:
                 copy(store.at[expert_ids[entry], rows])
                 return
-            arrivals = Arrivals(*come)
+            arrivals = Arrivals(*come[:3])
             end_row = lax.div((rows.start + tile.rows) * tile.columns + width - 1, width)
             found = entry_of(arrivals, expert_ids[entry], end_row)
             pl.when(found < 0)(lambda: copy(store.at[expert_ids[entry], rows]))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas.prefetch.arrivals import Arrivals
 
 
-def fetch(store, slots, expert_ids, slot_ids, count, arrivals: Arrivals | None = None):
+def fetch(store, slots, expert_ids, slot_ids, count, arrivals: Arrivals | None = None, after=None):
     """Loops `count` times; on a GPU each turn costs the host some 25 µs, on a CPU nothing to speak of."""
 
     def copy(i, slots):

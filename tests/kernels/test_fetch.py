@@ -108,6 +108,12 @@ def test_no_stage_is_overwritten_while_it_is_read(num_stages: int) -> None:
     assert not gpu_callbacks.get_races().races_found
 
 
+def test_what_it_waits_for_is_not_read() -> None:
+    waited_for = jnp.full((3, 5), jnp.nan)
+    for fetch in (interpreted(Config(num_blocks=2, tile_bytes=64)), jax.jit(api.fetch)):
+        check(functools.partial(fetch, after=waited_for), SMALL)
+
+
 def test_one_expert_may_go_to_several_slots() -> None:
     store, slots = make_store(SMALL), jnp.zeros(SMALL.slots_shape, SMALL.dtype)
     ids, at, count = jnp.asarray([2, 2]), jnp.asarray([4, 0]), jnp.asarray(2)

@@ -148,6 +148,11 @@ def test_the_kernel_fetches_what_has_come_from_there(share: float, dtype: str, c
         check_fetch(interpreted(fetch_kernel.fetch, config), come, share, dtype, tile_size(config, dtype))
 
 
+def test_a_fetch_that_waits_takes_what_has_come_too() -> None:
+    fetch = functools.partial(interpreted(fetch_kernel.fetch, CONFIGS["bfloat16"]), after=jnp.full((3, 5), jnp.nan))
+    check_fetch(fetch, (2, 4), 1.6, "bfloat16", tile_size(CONFIGS["bfloat16"]))
+
+
 def test_no_stage_is_overwritten_while_it_is_read_from_two_sources() -> None:
     config = Config(num_blocks=2, num_stages=2, tile_bytes=64)
     check_fetch(interpreted(fetch_kernel.fetch, config, detect_races=True), (2, 4), 1.6, "bfloat16", tile_size(config))
