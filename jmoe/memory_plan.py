@@ -13,7 +13,7 @@ from jmoe.model.kv_cache import kv_bytes, kv_shape
 from kernels_pallas.chunk_attention import api as chunk_attention_api
 
 DEFAULT_MAX_SEQ_LEN = 4096
-STAGING_BYTES = 128 * 2**20  # two waves, each long enough to hide what is multiplied, its own start and its end
+STAGING_BYTES = 256 * 2**20  # two waves, each long enough to hide what is multiplied, its own start and its end
 LEAST_PREFILL_CHUNK = 512  # tokens of a sequence
 MOST_PREFILL_ROWS = 4096  # tokens of a batch
 PREFILL_SHARE = 1 / 32  # of the device, that longer chunks may take
@@ -102,7 +102,16 @@ def workspace_bytes(
     places = choices + 8 * groups + 128 if rows > 32 else 0  # rows gathered by expert, and their hidden values
     experts = rows * widest * 3 * 4 + groups * rows * 16 + places * (config.hidden_size + widest) * item
     logits = batch_size * verified * config.vocab_size * 4 * 6  # sampling sorts values and indices
-    return max(attention, experts) + qkv + hidden + logits
+    return max(max(attention, experts) + qkv + hidden + logits, _timed_bytes(config, batch_size, verified))
+
+
+def _timed_bytes(config: ModelConfig, batch_size: int, verified: int) -> int:
+    """What XLA takes while it compiles and times ways to multiply with the largest matrix: a third more than that.
+
+    Of one row the head is no matrix product; and where something is verified, that has several.
+    """
+    head = config.vocab_size * config.hidden_size * DTYPE_BYTES[config.dtype]
+    return 4 * head // 3 if batch_size * verified > 1 else 0
 
 
 def _attention_bytes(

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 
 from jmoe import memory
-from jmoe.experts import layer as seam
-from jmoe.experts.layer import (
-    Groups,
-    OffloadedExperts,
-    ResidentExperts,
-    group_by_expert,
-    tokens_of_experts,
-)
+from jmoe.experts import waves
+from jmoe.experts.groups import Groups, group_by_expert, tokens_of_experts
+from jmoe.experts.layer import OffloadedExperts, ResidentExperts
 from jmoe.experts.residency import NONE, Residency
 from jmoe.experts.slots import ExpertSlots, SlotLayout, init_slots
 from jmoe.experts.store import ExpertStore
@@ -148,7 +143,7 @@ def test_waves_of_any_size_bring_what_is_missing_and_no_more(
         jax.debug.callback(lambda count: fetched.append(int(count)), count)
         return fetch_api.fetch(store, slots, expert_ids, slot_ids, count, **options)
 
-    monkeypatch.setattr(seam, "fetch", fetch)
+    monkeypatch.setattr(waves, "fetch", fetch)
     rng = np.random.default_rng(num_staging)
     x, routing = jnp.asarray(rng.normal(size=(5, D)), jnp.float32), make_routing(kind, 5, rng)
     y = jax.jit(prefill_of_one_layer(num_staging))(store(), start(2).residency, x, routing)
@@ -164,8 +159,8 @@ def test_waves_of_any_size_bring_what_is_missing_and_no_more(
 
 def test_each_wave_comes_while_what_came_before_is_multiplied_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in the program keeps a fetch waiting for the arithmetic beside it, nor that for the fetch."""
-    monkeypatch.setattr(seam, "fetch", jax.jit(fetch_api.fetch, static_argnames="implementation"))
-    monkeypatch.setattr(seam, "multiply", jax.jit(seam.multiply, static_argnums=4))
+    monkeypatch.setattr(waves, "fetch", jax.jit(fetch_api.fetch, static_argnames="implementation"))
+    monkeypatch.setattr(waves, "multiply", jax.jit(waves.multiply, static_argnums=4))
     routing = make_routing("everything", 5, np.random.default_rng(0))
     program = jax.make_jaxpr(prefill_of_one_layer(3))(store(), start(2).residency, jnp.zeros((5, D)), routing)
     [loop] = [equation for equation in program.eqns if equation.primitive.name == "while"]

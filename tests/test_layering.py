@@ -43,6 +43,8 @@ PART_OF = {
     "jmoe.prefetching": "jmoe.engine",
     "jmoe.programs": "jmoe.engine",
     "jmoe.prefetch_stats": "jmoe.stats",
+    "jmoe.experts.groups": "jmoe.experts.layer",
+    "jmoe.experts.waves": "jmoe.experts.layer",
     "jmoe.experts.prefetch_file": "jmoe.experts.prefetch",
     "jmoe.experts.look_ahead": "jmoe.experts.prefetch",
     "jmoe.experts.execute_guess": "jmoe.experts.prefetch",

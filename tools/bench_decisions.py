@@ -1,6 +1,7 @@
 """What `tools.bench_kernels` times for kernels that decide and move nothing, routing and admission: calls in a row."""
 
 import abc
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import backends
 from kernels_pallas.admit import api as admission
+from kernels_pallas.admit.result import NONE, Admitted
 from kernels_pallas.admit.specs import AdmitSpec
 from kernels_pallas.route import api as routing
 from kernels_pallas.route.specs import RouteSpec
@@ -54,13 +56,18 @@ class Case(abc.ABC):
     def error(self, function: Callable, reference: Callable) -> float:
         """Of the largest number that is no integer; infinite if an integer differs."""
         errors = [0.0]
-        pairs = zip(*(jax.tree.leaves(jax.jit(each)(*self.inputs)) for each in (function, reference)), strict=True)
+        made = (self.decided(jax.jit(each)(*self.inputs)) for each in (function, reference))
+        pairs = zip(*map(jax.tree.leaves, made), strict=True)
         for got, wanted in pairs:
             if jnp.issubdtype(wanted.dtype, jnp.integer):
                 errors.append(0.0 if bool((got == wanted).all()) else math.inf)
             else:
                 errors.append(float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted))))
         return max(errors)
+
+    def decided(self, result: Any) -> Any:
+        """Of a result what may not differ."""
+        return result
 
     def num_bytes(self, function: Callable) -> int:
         """What a call reads and writes."""
@@ -124,10 +131,18 @@ class AdmitCase(Case):
         return self.residency
 
     def step(self, function: Callable | None, n: int, before: tuple) -> tuple:
-        if function is None:
-            return jax.lax.optimization_barrier(before)
-        made = jax.lax.optimization_barrier(function(*self.steps[n % len(self.steps)], *before))
-        return made.slot_of, made.owner
+        used = self.steps[n % len(self.steps)][2]
+        num_used, (slot_of, owner) = used[0], jax.lax.optimization_barrier(before)
+        if function is not None:
+            made = jax.lax.optimization_barrier(function(*self.steps[n % len(self.steps)], slot_of, owner))
+            num_used, slot_of, owner = made.num_used, made.slot_of, made.owner
+        return slot_of, owner + jnp.minimum(num_used, 0)  # + 0: so that a call that admits nobody is made, too
+
+    def decided(self, result: Admitted) -> Admitted:
+        """Groups whose expert lies nowhere may have any slot."""
+        group, slot_of = result.group_experts, result.slot_of
+        lies = (group != NONE) & (slot_of[jnp.maximum(group, 0)] != NONE)
+        return dataclasses.replace(result, group_slots=jnp.where(lies, result.group_slots, NONE))
 
 
 def measure(

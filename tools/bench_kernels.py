@@ -61,7 +61,7 @@ DEFAULTS = {
     "norm_linear": ["qwen3_30b_qkv", "summed_qkv", "qwen3_30b_o", "qwen3_30b_router", "four_rows_qkv"],
     "route": ["qwen3_30b", "b32", "deepseek_v2_lite"],
     "admit": ["qwen3_30b", "all_resident", "b8"],
-    "fetch": ["qwen3_30b", "single", "full"],
+    "fetch": ["empty", "single", "two", "qwen3_30b", "full", "plan_of_64"],
 }
 UNSCALED = ("route", "admit")  # have no experts that could be narrow
 SPECS = {

@@ -36,7 +36,7 @@ from jmoe.decoding.step import DecodeState
 from jmoe.engine import Engine
 from jmoe.experts import draft
 from jmoe.experts.draft import DraftConfig, DraftExperts, DraftSet
-from jmoe.experts.layer import tokens_of_experts
+from jmoe.experts.groups import tokens_of_experts
 from jmoe.model.kv_cache import KVCache
 from tools.bench_decode import PROMPTS
 from tools.command import exit_code

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import DraftPolicy, Missing
-from jmoe.experts.layer import Groups, multiply, tokens_of_experts
+from jmoe.experts.groups import Groups, multiply, tokens_of_experts
 from jmoe.experts.policies import POLICIES
 from jmoe.experts.residency import NONE
 from jmoe.experts.slots import ExpertSlots

@@ -13,73 +13,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.experts import look_ahead
+from jmoe.experts.groups import Groups, group_by_expert, multiply, tokens_of_experts
 from jmoe.experts.look_ahead import Guess, Prefetch, Prefetched, no_rows
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
-from jmoe.experts.residency import NONE, Counters, FetchPlan, LayerResidency
+from jmoe.experts.residency import Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
+from jmoe.experts.waves import multiply_in_waves
 from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
-from kernels_pallas.admit import reference as grouping
 from kernels_pallas.admit.api import admit
 from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp import read_through
-from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
 from kernels_pallas.prefetch.api import prefetch as bring
 from kernels_pallas.prefetch.arrivals import Arrivals
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """The distinct experts of a routing, ascending, each with the weight of every row; then some that weigh nothing.
-
-    No row is in more than `per_row` groups, and `count` groups have a row, if that is known.
-    """
-
-    expert_ids: Int[Array, " G"]
-    weights: Float[Array, "G T"]
-    per_row: int = dataclasses.field(metadata={"static": True})
-    count: Int[Array, ""] | None = None
-
-    @classmethod
-    def of(cls, admitted: Admitted, per_row: int) -> "Groups":
-        return cls(admitted.group_experts, admitted.group_weights, per_row, admitted.num_used)
-
-    def only(self, chosen: Bool[Array, " G"], size: int) -> "Groups":
-        """The chosen groups, at most `size` of them, in their order."""
-        at, count = grouping.compact(chosen, size), jnp.sum(chosen, dtype=jnp.int32)
-        kept = jnp.arange(size) < count
-        expert_ids, weights = jnp.where(kept, self.expert_ids[at], NONE), self.weights[at]
-        return Groups(expert_ids, jnp.where(kept[:, None], weights, 0.0), self.per_row, count)
-
-
-def tokens_of_experts(expert_ids: Int[Array, "*L T A"], num_experts: int) -> Int[Array, "*L E"]:
-    """How many tokens go to each expert."""
-    experts, chosen = jnp.arange(num_experts, dtype=jnp.int32), expert_ids.reshape(*expert_ids.shape[:-2], 1, -1)
-    return jnp.sum(chosen == experts.reshape(*(1,) * (expert_ids.ndim - 2), -1, 1), axis=-1, dtype=jnp.int32)
-
-
-def group_by_expert(routing: Routing, num_experts: int) -> Groups:
-    """G is the most that can be needed: every row's experts, or all there are.
-
-    What one token chose is groups already, as it is; where it is no token, their number is E, and they weigh nothing.
-    """
-    num_rows, per_row = routing.expert_ids.shape
-    if num_rows == 1:
-        return Groups(routing.expert_ids[0], routing.combine_weights.T, per_row)
-    needed = tokens_of_experts(routing.expert_ids, num_experts) > 0
-    num_groups = min(routing.expert_ids.size, num_experts)
-    expert_ids, weights = grouping.group(routing.expert_ids, routing.combine_weights, needed, num_groups)
-    return Groups(jnp.maximum(expert_ids, 0), weights, per_row, jnp.sum(needed, dtype=jnp.int32))
-
-
-def multiply(x: Float[Array, "T D"], slots, at: Int[Array, " G"], groups: Groups, implementation: str | None):
-    """Each row with its groups, whose experts lie in the slots `at`: [T, D], float32."""
-    with jax.named_scope("experts"):
-        named = at, groups.weights, groups.count
-        return expert_mlp(x, slots, *named, max_groups_per_row=groups.per_row, implementation=implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +226,9 @@ class OffloadedExperts(MoE):
         else:
             if self.admits:
                 slots = self._fetch(moe_layer, slots, plan_of(admitted))
-            y, staging = self._in_waves(moe_layer, x, groups, after, slots, staging)
+            what_stays = slots[:1, 0, 0, :1] if self.admits else None  # comes before what does not
+            how = {"after": what_stays, "implementation": self.implementation}
+            y, staging = multiply_in_waves(x, self.store.layers[moe_layer], slots, staging, groups, after, **how)
         progress = dataclasses.replace(
             carry,
             staging=staging,
@@ -315,75 +265,6 @@ class OffloadedExperts(MoE):
         slots = self._fetch(moe_layer, slots, plan_of(admitted), arrivals)
         return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots
 
-    def _in_waves(self, moe_layer: int, x, groups: Groups, layer: LayerResidency, slots, staging):
-        """Residents where they are, while the first wave of the others comes; each wave while the next one comes.
-
-        A turn of the loop is two waves, so that each half of the staging slots is an array that is changed in place.
-        """
-        asked = groups.expert_ids != NONE
-        resident = asked & (layer.slot_of[jnp.maximum(groups.expert_ids, 0)] != NONE)
-        waves = Waves.of(self.store.layers[moe_layer], groups, asked & ~resident, self.layout, self.implementation)
-        even, odd = staging
-        even = waves.fetch(0, even, after=slots[:1, 0, 0, :1] if self.admits else None)  # what is to stay comes before
-        here = groups.only(resident, min(asked.size, self.layout.slots_per_layer))
-        y = multiply(x, slots, slots_of(layer, here.expert_ids), here, self.implementation)
-
-        def two_waves(turn, state):
-            y, even, odd = state
-            odd = waves.fetch(2 * turn + 1, odd)
-            y = waves.add(y, x, 2 * turn, even)
-            even = waves.fetch(2 * turn + 2, even, after=y[:1, :1])
-            return waves.add(y, x, 2 * turn + 1, odd), even, odd
-
-        y, *staging = jax.lax.fori_loop(0, -(-waves.count // (2 * waves.size)), two_waves, (y, even, odd))
-        return y, tuple(staging)
-
-
-@dataclasses.dataclass(frozen=True)
-class Waves:
-    """Groups whose experts have no slot, `size` of them at a time: `count` in all, then some that weigh nothing."""
-
-    store: Float[Array, "E 3 F D"]
-    groups: Groups
-    count: Int[Array, ""]
-    size: int
-    implementation: str | None
-
-    @staticmethod
-    def of(store, groups: Groups, missing: Bool[Array, " G"], layout: SlotLayout, implementation) -> "Waves":
-        size = layout.num_staging
-        away = groups.only(missing, missing.size + -missing.size % (2 * size))  # whole pairs of waves
-        return Waves(store, away, jnp.sum(missing, dtype=jnp.int32), size, implementation)
-
-    def count_of(self, wave: Int[Array, ""] | int) -> Int[Array, ""]:
-        return jnp.clip(self.count - wave * self.size, 0, self.size)
-
-    def fetch(self, wave: Int[Array, ""] | int, onto: Float[Array, "W 3 F D"], after: Array | None = None):
-        """The experts of a wave in the first of these slots; nothing, if there is no such wave."""
-        expert_ids = jax.lax.dynamic_slice_in_dim(self.groups.expert_ids, wave * self.size, self.size)
-        copies = expert_ids, jnp.arange(self.size, dtype=jnp.int32), self.count_of(wave)
-        with jax.named_scope("fetch"):
-            return fetch(self.store, onto, *copies, after=after, implementation=self.implementation)
-
-    def add(self, y: Float[Array, "T D"], x, wave: Int[Array, ""], experts: Float[Array, "W 3 F D"]):
-        """y, and what the experts of a wave make of x.
-
-        After all that makes y: XLA would as soon begin with the last wave to come, and let its temporaries lie where
-        those of the others do.
-        """
-        y, x = jax.lax.optimization_barrier((y, x))
-        groups, places, count = self.groups, jnp.arange(self.size, dtype=jnp.int32), self.count_of(wave)
-        weights = jax.lax.dynamic_slice_in_dim(groups.weights, wave * self.size, self.size)
-        come = jnp.where(places < count, places, 0)  # what no expert came to is not read
-        comers = Groups(groups.expert_ids, weights, groups.per_row, count)
-        more = multiply(x, experts, come, comers, self.implementation)
-        return jnp.where(count > 0, y + more, y)  # for a wave of nobody nothing may ever have come
-
 
 def plan_of(admitted: Admitted) -> FetchPlan:
     return FetchPlan(admitted.plan_experts, admitted.plan_slots, admitted.count)
-
-
-def slots_of(layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:
-    """Slot of each expert; some slot for those that have none."""
-    return jnp.maximum(layer.slot_of[jnp.maximum(expert_ids, 0)], 0)

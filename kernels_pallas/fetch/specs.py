@@ -64,6 +64,8 @@ SPECS: tuple[FetchSpec, ...] = (
     dataclasses.replace(_QWEN3_30B, name="single", count=1),
     dataclasses.replace(_QWEN3_30B, name="full", count=8),
     dataclasses.replace(_QWEN3_30B, name="plan_of_one", plan_size=1, count=1),
+    dataclasses.replace(_QWEN3_30B, name="two", count=2),
+    dataclasses.replace(_QWEN3_30B, name="plan_of_64", plan_size=64, count=64),
     dataclasses.replace(_QWEN3_30B, name="every_slot", num_slots=32, plan_size=32, count=32),
     dataclasses.replace(_QWEN3_30B, name="float32", dtype="float32"),
     FetchSpec(name="qwen3_235b", num_experts=128, num_hidden=1536, width=4096, num_slots=32, plan_size=8, count=6),
