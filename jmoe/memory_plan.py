@@ -13,7 +13,7 @@ from jmoe.model.kv_cache import kv_bytes, kv_shape
 from kernels_pallas.chunk_attention import api as chunk_attention_api
 
 DEFAULT_MAX_SEQ_LEN = 4096
-STAGING_BYTES = 256 * 2**20  # two waves, each long enough to hide what is multiplied, its own start and its end
+STAGING_BYTES = 128 * 2**20  # two waves, each long enough to hide what is multiplied, its own start and its end
 LEAST_PREFILL_CHUNK = 512  # tokens of a sequence
 MOST_PREFILL_ROWS = 4096  # tokens of a batch
 PREFILL_SHARE = 1 / 32  # of the device, that longer chunks may take

@@ -181,7 +181,7 @@ def test_chunks_are_as_long_as_there_is_cheap_room_for(sizes: dict, expected: in
 
 def test_staging_slots() -> None:
     automatic = plan().layout.num_staging
-    assert automatic == memory_plan.STAGING_BYTES // (2 * LARGE.expert_bytes) == 14
+    assert automatic == memory_plan.STAGING_BYTES // (2 * LARGE.expert_bytes) == 7
     assert plan(staging_slots=1).layout.num_staging == 1
     assert plan(staging_slots=10**6).layout.num_staging == LARGE.num_experts // 2  # the others come in the next wave
     assert plan(SMALL).layout.num_staging == SMALL.num_experts // 2  # small experts: all in two waves
