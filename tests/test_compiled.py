@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.decoding import compiled
 from jmoe.decoding.compiled import StepJit
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import Steps
@@ -66,3 +67,16 @@ def test_steps_overlap_where_they_go_in_waves(
     assert not overlaps(Steps.unembed, steps, num_sequences)
     cycles = SpeculativeSteps(steps, DraftConfig(1), 2)
     assert overlaps(SpeculativeSteps.decode, cycles, num_sequences) == verifies
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_what_is_called_once_is_a_graph_only_where_copies_overlap(profiled: bool) -> None:
+    graphs, order = "xla_gpu_enable_command_buffer", "xla_gpu_command_buffer_scheduling_mode"
+    once, repeated = (
+        {overlapping: compiled._options(profiled, overlapping, repeats) for overlapping in (False, True)}
+        for repeats in (False, True)
+    )
+    assert once[False][graphs] == ""
+    assert once[True] == repeated[True]
+    assert (once[True][order], once[True].get(graphs)) == ("CONCURRENT", repeated[False].get(graphs))
+    assert ("WHILE" in repeated[False].get(graphs, "")) == (not profiled)

@@ -20,19 +20,33 @@ _LOOPS_IN_GRAPHS = {
 }
 
 
+_NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+
+
 class StepJit:
     """jax.jit of a method of steps, which are its static `self`; to be used as a decorator.
+
+    `repeats` is false for what a generation calls once, on a KV cache of its own: XLA records a CUDA graph anew when an
+    array lies elsewhere, which takes longer than launching each kernel; so it is a graph only where copies overlap.
 
     `overlaps`, of the same positional arguments, says whether a call has copies that are to run beside its arithmetic.
     Where the steps' `profiled` is true the host launches each turn of a loop: of what a CUDA graph repeats a profiler
     sees one turn only.
     """
 
-    def __init__(self, fun: Callable, overlaps: Callable[..., bool] = lambda *args: False, **jit_options: Any):
+    def __init__(
+        self,
+        fun: Callable,
+        overlaps: Callable[..., bool] = lambda *args: False,
+        repeats: bool = True,
+        **jit_options: Any,
+    ):
         jit_options["static_argnames"] = ("self", *jit_options.get("static_argnames", ()))
         self._overlaps = overlaps
         self._programs: dict[tuple[bool, bool], Any] = {
-            (profiled, overlapping): jax.jit(fun, compiler_options=_options(profiled, overlapping), **jit_options)
+            (profiled, overlapping): jax.jit(
+                fun, compiler_options=_options(profiled, overlapping, repeats), **jit_options
+            )
             for profiled, overlapping in itertools.product((False, True), repeat=2)
         }
 
@@ -56,7 +70,9 @@ class StepJit:
         return sum(program._cache_size() for program in self._programs.values())
 
 
-def _options(profiled: bool, overlapping: bool) -> dict[str, Any]:
+def _options(profiled: bool, overlapping: bool, repeats: bool) -> dict[str, Any]:
+    if not (repeats or overlapping):
+        return {**COMPILER_OPTIONS, **_NO_GRAPHS}
     return {
         **COMPILER_OPTIONS,
         **({} if profiled else _LOOPS_IN_GRAPHS),

@@ -139,7 +139,9 @@ class Steps:
         state = dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
         return hidden, state, routings, experts.prefetched(carry)
 
-    @functools.partial(StepJit, static_argnames=("mode",), donate_argnames=("state",), overlaps=_prefills_in_waves)
+    @functools.partial(
+        StepJit, static_argnames=("mode",), donate_argnames=("state",), overlaps=_prefills_in_waves, repeats=False
+    )
     def prefill(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
     ) -> tuple[DecodeState, Routed | None]:
@@ -154,7 +156,7 @@ class Steps:
         state = self._advance(state, chunk.is_last, tokens, logprobs, sampling)
         return state, routed_in(routings, chunk.num_valid.size) if self.record else None
 
-    @functools.partial(StepJit, donate_argnames=("state",), overlaps=_prefills_in_waves)
+    @functools.partial(StepJit, donate_argnames=("state",), overlaps=_prefills_in_waves, repeats=False)
     def prefill_hidden(
         self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
