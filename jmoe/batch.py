@@ -232,10 +232,11 @@ class Batch:
         self.finished = self._num_active == 0
 
     def close(self) -> None:
+        """Counts the calls whose tokens were taken: one may be under way, whose time and tokens nobody has."""
+        self.clock.decode = self.clock.decode + self._seen - self._before[1]
         if not self.state.experts.is_deleted():
-            prefill, decode = read_counts(self.state.experts.residency)
+            prefill, _ = read_counts(self.state.experts.residency)
             self.clock.prefill = self.clock.prefill + prefill - self._before[0]
-            self.clock.decode = self.clock.decode + decode - self._before[1]
         self.engine.give_back(self.state)
 
 

@@ -231,6 +231,18 @@ def test_a_closed_generation_says_how_far_it_came(engine: Engine) -> None:
     assert tokens(engine) == expected()
 
 
+def test_a_closed_generation_counts_no_call_that_was_under_way() -> None:
+    engine = models.engine(expert_slots=4, decode_chunk=2)
+    generation = engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    deltas = iter(generation)
+    while generation.stats.num_decode_steps < 4:
+        next(deltas)
+    generation.close()
+    stats, config = generation.stats, engine.config
+    asked = stats.num_decode_steps * len(config.moe_layers) * config.num_experts_per_tok
+    assert stats.decode.hits + stats.decode.misses == asked
+
+
 def test_a_generation_that_nobody_holds_frees_the_engine(engine: Engine) -> None:
     gc.collect()
     gc.disable()  # leaving the loop must do it, not a collection some time later
