@@ -26,8 +26,8 @@ _NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 class StepJit:
     """jax.jit of a method of steps, which are its static `self`; to be used as a decorator.
 
-    `repeats` is false for what a generation calls once, on a KV cache of its own: XLA records a CUDA graph anew when an
-    array lies elsewhere, which takes longer than launching each kernel; so it is a graph only where copies overlap.
+    `repeats` is false for what a generation calls once, on a KV cache of its own: XLA would record a CUDA graph anew, as
+    arrays lie elsewhere, to launch it once. So it is a graph only where copies overlap.
 
     `overlaps`, of the same positional arguments, says whether a call has copies that are to run beside its arithmetic.
     Where the steps' `profiled` is true the host launches each turn of a loop: of what a CUDA graph repeats a profiler
