@@ -25,8 +25,8 @@ class StepJit:
     """jax.jit of a method of steps, which are its static `self`; to be used as a decorator.
 
     `overlaps`, of the same positional arguments, says whether a call has copies that are to run beside its arithmetic.
-    `repeats` is false for what a generation calls once, on a KV cache of its own: XLA would record a CUDA graph anew, as
-    arrays lie elsewhere, to launch it once. So it is a graph only where copies overlap.
+    `repeats` is false for what a generation calls once, on a KV cache of its own: XLA would record a CUDA graph anew,
+    as arrays lie elsewhere, to launch it once. So it is a graph only where copies overlap.
 
     Where the steps' `profiled` is true the host launches each turn of a loop: of what a CUDA graph repeats a profiler
     sees one turn only.
