@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,13 @@ def test_a_row_for_each_batch_size(bench) -> None:
     assert [row["batch"] for row in (alone, three, reference, reference_of_three)] == [1, 3, 1, 3]
     assert three["tokens_per_s"] == pytest.approx(3e3 / three["ms_per_step"])
     assert three["planned_bytes"] > alone["planned_bytes"]
+
+
+def test_a_row_has_no_peak_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = types.SimpleNamespace(peak=10)
+    for now, of_the_row in ((30, 30), (30, None), (40, 40), (None, None)):
+        monkeypatch.setattr(bench_decode.memory, "peak_device_bytes", lambda now=now: now)
+        assert bench_decode.Bench._peak(bench) == of_the_row
 
 
 def test_an_oracle_is_of_one_batch_size(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ as their scales make them (see `jmoe.synthetic`): so a figure of theirs means so
 `hbm_gbps` and `percent_of_hbm` by the weights that a step has to read from device memory (the trunk's without the
 embedding table, and every expert asked for), and a pass over device memory in this run.
 
+`peak_bytes` is a dash where a row before it took more: rows of several batch sizes have it only as far as they grow.
+
 `prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
 crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. With --prefetch-experts 0
 nothing comes early. What --prefetch activation and both know of past requests is learned from the runs of each row.
@@ -168,6 +170,7 @@ class Bench:
         self.calibration = load_calibration(path, self.config, say) if path and looks_ahead else None
         self.oracle = self._record(*args.batch_sizes) if args.prefetch == "oracle" else None
         gc.collect()  # the slots of that engine
+        self.peak = memory.peak_device_bytes() or 0
 
     def _record(self, batch_size: int) -> Oracle:
         """Of all runs to come: what is asked for does not depend on what has a slot."""
@@ -245,7 +248,6 @@ class Bench:
         steps = sum(run.num_decode_steps for run in runs)
         roof_ms = link_bytes / steps / self.ceiling / 1e6
         hbm_gbps = self.read_bytes((hits + misses) / steps) / mean_ms / 1e6
-        peak, planned = memory.peak_device_bytes(), engine.plan.device_bytes
         return {
             "batch": batch_size,
             "share": share,
@@ -263,10 +265,15 @@ class Bench:
             "percent_of_roofline": 100 * roof_ms / mean_ms,
             "hbm_gbps": hbm_gbps,
             "percent_of_hbm": 100 * hbm_gbps / self.hbm_gbps,
-            "peak_bytes": peak,
-            "planned_bytes": planned,
+            "peak_bytes": self._peak(),
+            "planned_bytes": engine.plan.device_bytes,
             "first_run_s": first_run_s,
         }
+
+    def _peak(self) -> int | None:
+        """The most device memory that was in use, if the last row took more than all before it: else nobody knows."""
+        before, self.peak = self.peak, memory.peak_device_bytes() or 0
+        return self.peak if self.peak > before else None
 
     def read_bytes(self, num_experts: float) -> float:
         """Of weights, that a step of so many experts reads from device memory."""

@@ -146,17 +146,15 @@ def compiled_text(engine: Engine, *, prefill: bool) -> str:
     state = engine.new_state(batch, [1] * batch)
     inputs, sampling = (engine.steps, weights.params, weights.store, state), batch_sampling(params, ())
     mode, one = sampling_mode(params), jnp.asarray(1, jnp.int32)
+    static = {"capacity": engine.runtime.decode_chunk, "mode": mode}
     if prefill:
         chunk = next(prompt_chunks([[0] * engine.plan.prefill_chunk] * batch, engine.plan.prefill_chunk))
         lowered = engine.steps.prefill.lower(*inputs, chunk, sampling, mode=mode)
-        engine.give_back(state)
-        return lowered.compile().as_text() or ""
-    inputs, static = (*inputs, sampling, one), {"capacity": engine.runtime.decode_chunk, "mode": mode}
-    if engine.prefetching:
-        most = engine.prefetching.num_experts
-        lowered = engine.steps.decode_prefetching.lower(*inputs, engine.predictor, one, prefetch_experts=most, **static)
+    elif engine.prefetching:
+        ahead, most = (engine.predictor, one), engine.prefetching.num_experts
+        lowered = engine.steps.decode_prefetching.lower(*inputs, sampling, one, *ahead, prefetch_experts=most, **static)
     else:
-        lowered = engine.steps.decode.lower(*inputs, **static)
+        lowered = engine.steps.decode.lower(*inputs, sampling, one, **static)
     engine.give_back(state)
     return lowered.compile().as_text() or ""
 

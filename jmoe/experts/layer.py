@@ -19,7 +19,7 @@ from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.experts.residency import Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
-from jmoe.experts.waves import multiply_in_waves
+from jmoe.experts.waves import Halves, multiply_in_waves
 from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
 from kernels_pallas.admit.api import admit
@@ -82,7 +82,7 @@ class Progress:
     miss, and `arrivals` what came early for each so far, or each but the first.
     """
 
-    staging: tuple[Float[Array, "W 3 F D"], ...]
+    staging: Halves
     slots: tuple[Float[Array, "S 3 F D"], ...] = ()
     layers: tuple[LayerResidency, ...] = ()
     expert_ids: tuple[Int[Array, "T A"], ...] = ()

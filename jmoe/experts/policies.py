@@ -120,11 +120,11 @@ def _update_lfru(state: RecentFrequency, used: Int[Array, "L E"], clock: Int[Arr
 
 # Reuse, learned from the run itself.
 
-_HALF_LIFE = 20  # steps, of the frequency that it looks at
+_DECAY = 0.5 ** (1 / 20)  # a step, of the frequency that it looks at: half of it in 20
 _HORIZON = 0.6  # weight of a use from one step to the next: how far ahead it looks
 _RATE = 0.03  # of learning
 _BIAS = 0.3
-_VALUE_UNIT = 1 << 16
+_VALUE_UNIT = 1 << 16  # what a choice adds is less than 1: 2**15 of a step fit into 32 bits
 
 
 @jax.tree_util.register_dataclass
@@ -156,8 +156,7 @@ def _centered(used: Int[Array, "*L E"]) -> Float[Array, "*L E"]:
 
 
 def _frequency(state: Reuse, use: Float[Array, "*L E"]) -> Float[Array, "*L E"]:
-    decay = 0.5 ** (1 / _HALF_LIFE)
-    return state.frequency * decay + use * (1 - decay)
+    return state.frequency * _DECAY + use * (1 - _DECAY)
 
 
 def _features(use: Float[Array, "*L E"], frequency: Float[Array, "*L E"]) -> Float[Array, "*L F"]:
@@ -178,10 +177,10 @@ class ExpectedUse:
 
 
 def _expected_use(state: Reuse) -> ExpectedUse:
-    num_experts, decay = state.frequency.shape[-1], 0.5 ** (1 / _HALF_LIFE)
+    num_experts = state.frequency.shape[-1]
     by_use, by_frequency, by_bias = jnp.split(state.weights, [num_experts, 2 * num_experts], axis=-1)
-    base = decay * jnp.sum(by_frequency * state.frequency[..., None, :], axis=-1) + _BIAS * by_bias[..., 0]
-    added = by_use + (1 - decay) * by_frequency
+    base = _DECAY * jnp.sum(by_frequency * state.frequency[..., None, :], axis=-1) + _BIAS * by_bias[..., 0]
+    added = by_use + (1 - _DECAY) * by_frequency
     added = added - jnp.mean(added, axis=-1, keepdims=True)  # use is centered
     return ExpectedUse(*(jnp.round(part * _VALUE_UNIT).astype(jnp.int32) for part in (base, added)))
 

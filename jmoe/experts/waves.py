@@ -45,27 +45,31 @@ def multiply_in_waves(
         even = waves.fetch(2 * turn + 2, even, after=y[:1, :1])
         return waves.add(y, x, 2 * turn + 1, odd), even, odd
 
-    y, even, odd = jax.lax.fori_loop(0, -(-waves.count // (2 * waves.size)), two_waves, (y, even, odd))
+    y, even, odd = jax.lax.fori_loop(0, -(-waves.num_groups // (2 * waves.size)), two_waves, (y, even, odd))
     return y, (even, odd)
 
 
 @dataclasses.dataclass(frozen=True)
 class Waves:
-    """Groups whose experts have no slot, `size` of them at a time: `count` in all, then some that weigh nothing."""
+    """Groups whose experts have no slot, as many as their `count` says, `size` of them at a time."""
 
     store: Float[Array, "E 3 F D"]
     groups: Groups
-    count: Int[Array, ""]
     size: int
     implementation: str | None
 
     @staticmethod
     def of(store, groups: Groups, missing: Bool[Array, " G"], size: int, implementation: str | None) -> "Waves":
         away = groups.only(missing, missing.size + -missing.size % (2 * size))  # whole pairs of waves
-        return Waves(store, away, jnp.sum(missing, dtype=jnp.int32), size, implementation)
+        return Waves(store, away, size, implementation)
+
+    @property
+    def num_groups(self) -> Int[Array, ""]:
+        assert self.groups.count is not None  # `only` says it
+        return self.groups.count
 
     def count_of(self, wave: Int[Array, ""] | int) -> Int[Array, ""]:
-        return jnp.clip(self.count - wave * self.size, 0, self.size)
+        return jnp.clip(self.num_groups - wave * self.size, 0, self.size)
 
     def fetch(self, wave: Int[Array, ""] | int, onto: Float[Array, "W 3 F D"], after: Array | None = None):
         """The experts of a wave in the first of these slots; nothing, if there is no such wave."""
