@@ -1,4 +1,8 @@
-"""A layer that needs more experts than it has slots: the others stream through the staging slots, wave by wave."""
+"""A layer that needs more experts than it has slots: the others stream through the staging slots, wave by wave.
+
+Long prompts ask for nearly every expert. Where they asked for all of a layer, the first two waves of the next layer come
+while its attention runs (`bring_ahead`).
+"""
 
 import dataclasses
 
@@ -8,9 +12,51 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.experts.groups import Groups, multiply
 from jmoe.experts.residency import NONE, LayerResidency
+from kernels_pallas.admit.reference import compact
 from kernels_pallas.fetch.api import fetch
 
 Halves = tuple[Float[Array, "W 3 F D"], ...]  # of the staging slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """The first `count` of these experts of a layer are in the staging slots before its router asks, or on their way.
+
+    The first W in one half, the others in the other: none of them, or two waves of as many as there are.
+    """
+
+    expert_ids: Int[Array, " 2W"]
+    count: Int[Array, ""]
+
+    def num_unused(self, groups: Groups) -> Int[Array, ""]:
+        """How many of them are in no group."""
+        asked = jnp.any(self.expert_ids[:, None] == groups.expert_ids[None, :], axis=1)
+        return jnp.sum(~asked & (jnp.arange(asked.size) < self.count), dtype=jnp.int32)
+
+
+def bring_ahead(
+    store: Float[Array, "E 3 F D"],
+    staging: Halves,
+    layer: LayerResidency,
+    is_sure: Bool[Array, ""],
+    *,
+    after: Array,
+    implementation: str | None,
+) -> tuple[Halves, Ahead]:
+    """The first two waves of the experts that have no slot, if it `is_sure` that they will be asked for; else nothing.
+
+    They begin to come when `after` is computed: of what the staging slots held before, nothing is needed any more.
+    """
+    size, absent = staging[0].shape[0], layer.slot_of == NONE
+    count = jnp.where(is_sure, jnp.minimum(jnp.sum(absent, dtype=jnp.int32), 2 * size), 0)
+    ahead = Ahead(compact(absent, 2 * size), count)
+    how = {"after": after, "implementation": implementation}
+    halves = (
+        _fetch(store, half, ahead.expert_ids[start : start + size], jnp.clip(count - start, 0, size), **how)
+        for half, start in zip(staging, (0, size), strict=True)
+    )
+    return tuple(halves), ahead
 
 
 def multiply_in_waves(
@@ -20,20 +66,21 @@ def multiply_in_waves(
     staging: Halves,
     groups: Groups,
     layer: LayerResidency,
+    ahead: Ahead | None = None,
     *,
     after: Array | None,
     implementation: str | None,
 ) -> tuple[Float[Array, "T D"], Halves]:
     """Residents where they are, while the first wave of the others comes; each wave while the next one comes.
 
-    The first wave begins to come when `after` is computed, if that is given. A turn of the loop is two waves, so that
-    each half of the staging slots is an array that is changed in place. In a program with
+    The first wave begins to come when `after` is computed, if that is given, unless it came `ahead`. A turn of the loop
+    is two waves, so that each half of the staging slots is an array that is changed in place. In a program with
     `kernels_pallas.prefetch.api.COMPILER_OPTIONS` a GPU copies and multiplies at the same time.
     """
     asked = groups.expert_ids != NONE
     resident = asked & (layer.slot_of[jnp.maximum(groups.expert_ids, 0)] != NONE)
     even, odd = staging
-    waves = Waves.of(store, groups, asked & ~resident, even.shape[0], implementation)
+    waves = Waves.of(store, groups, asked & ~resident, even.shape[0], ahead, implementation)
     even = waves.fetch(0, even, after)
     here = groups.only(resident, min(asked.size, slots.shape[0]))
     y = multiply(x, slots, _slots_of(layer, here.expert_ids), here, implementation)
@@ -51,17 +98,25 @@ def multiply_in_waves(
 
 @dataclasses.dataclass(frozen=True)
 class Waves:
-    """Groups whose experts have no slot, as many as their `count` says, `size` of them at a time."""
+    """Groups whose experts have no slot, as many as their `count` says, `size` of them at a time.
+
+    What came ahead is first, also if no row is in its group; it need not be fetched.
+    """
 
     store: Float[Array, "E 3 F D"]
     groups: Groups
     size: int
+    ahead: Ahead | None
     implementation: str | None
 
     @staticmethod
-    def of(store, groups: Groups, missing: Bool[Array, " G"], size: int, implementation: str | None) -> "Waves":
+    def of(
+        store, groups: Groups, missing: Bool[Array, " G"], size: int, ahead: Ahead | None, implementation: str | None
+    ) -> "Waves":
+        if ahead is not None:
+            groups, missing = groups.after(ahead.expert_ids, ahead.count, missing)
         away = groups.only(missing, missing.size + -missing.size % (2 * size))  # whole pairs of waves
-        return Waves(store, away, size, implementation)
+        return Waves(store, away, size, ahead, implementation)
 
     @property
     def num_groups(self) -> Int[Array, ""]:
@@ -72,11 +127,12 @@ class Waves:
         return jnp.clip(self.num_groups - wave * self.size, 0, self.size)
 
     def fetch(self, wave: Int[Array, ""] | int, onto: Float[Array, "W 3 F D"], after: Array | None = None):
-        """The experts of a wave in the first of these slots; nothing, if there is no such wave."""
+        """The experts of a wave in the first of these slots; nothing, if there is no such wave, or it is here."""
         expert_ids = jax.lax.dynamic_slice_in_dim(self.groups.expert_ids, wave * self.size, self.size)
-        copies = expert_ids, jnp.arange(self.size, dtype=jnp.int32), self.count_of(wave)
-        with jax.named_scope("fetch"):
-            return fetch(self.store, onto, *copies, after=after, implementation=self.implementation)
+        count = self.count_of(wave)
+        if self.ahead is not None:
+            count = jnp.where(wave * self.size < self.ahead.count, 0, count)
+        return _fetch(self.store, onto, expert_ids, count, after=after, implementation=self.implementation)
 
     def add(self, y: Float[Array, "T D"], x, wave: Int[Array, ""], experts: Float[Array, "W 3 F D"]):
         """y, and what the experts of a wave make of x.
@@ -91,6 +147,12 @@ class Waves:
         comers = Groups(groups.expert_ids, weights, groups.per_row, count)
         more = multiply(x, experts, come, comers, self.implementation)
         return jnp.where(count > 0, y + more, y)  # for a wave of nobody nothing may ever have come
+
+
+def _fetch(store, onto: Float[Array, "W 3 F D"], expert_ids: Int[Array, " W"], count: Int[Array, ""], **how):
+    """The first `count` of these experts, in the first of these slots."""
+    with jax.named_scope("fetch"):
+        return fetch(store, onto, expert_ids, jnp.arange(onto.shape[0], dtype=jnp.int32), count, **how)
 
 
 def _slots_of(layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:
