@@ -20,6 +20,7 @@ from jmoe.decoding.step import Chunk, DecodeState
 from jmoe.drafting import Drafting
 from jmoe.experts.draft import DraftSet
 from jmoe.experts.residency import Counters
+from jmoe.programs import Call
 from jmoe.stats import DecodeCalls, ExpertCounts, read_counts
 
 if TYPE_CHECKING:
@@ -87,12 +88,17 @@ class Batch:
         start = time.perf_counter()
         engine.announce(f"compiling for {shape[0][0]} sequence(s), prompts {shape[0][1]} tokens at a time")
         nothing = jnp.zeros_like(chunk.num_valid)
-        self._prefill(dataclasses.replace(chunk, num_valid=nothing, is_last=nothing.astype(bool)))
-        if self.drafting:
-            self._cycles(self.drafting, Choice(1), 0)
-        if self.drafting is None or self.drafting.has_plain_steps:
-            for choice in self.prefetching.programs if self.prefetching else [Choice(0)]:
-                self._decode(choice, 0)
+        empty = dataclasses.replace(chunk, num_valid=nothing, is_last=nothing.astype(bool))
+        drafting, choices = self.drafting, []
+        if drafting is None or drafting.has_plain_steps:
+            choices = self.prefetching.programs if self.prefetching else [Choice(0)]
+        calls = [self._prefill_call(empty), *(self._decode_call(choice, 0) for choice in choices)]
+        engine.programs.make([*calls, self._cycles_call(drafting, Choice(1), 0)] if drafting else calls)
+        self._prefill(empty)
+        if drafting:
+            self._cycles(drafting, Choice(1), 0)
+        for choice in choices:
+            self._decode(choice, 0)
         jax.block_until_ready(self.state)
         engine.compiled.add(shape)
         self.clock.compile_s += time.perf_counter() - start
@@ -101,42 +107,42 @@ class Batch:
         prompts = [sequence.prompt for sequence in self.sequences]
         return prompt_chunks(prompts, self.engine.plan.prefill_chunk)
 
-    def _prefill(self, chunk: Chunk) -> Routed | None:
-        weights, run = self.engine.weights, self.engine.programs
+    def _prefill_call(self, chunk: Chunk) -> Call:
+        weights = self.engine.weights
         inputs = weights.params, weights.store, self.state, chunk, self.sampling
-        self.state, routed = run(self.engine.steps, "prefill", chunk.token_ids.shape, *inputs, mode=self.mode)
+        return Call(self.engine.steps, "prefill", chunk.token_ids.shape, inputs, {"mode": self.mode})
+
+    def _prefill(self, chunk: Chunk) -> Routed | None:
+        self.state, routed = self.engine.programs(self._prefill_call(chunk))
         return routed
 
-    def _decode(self, choice: Choice, num_steps: int) -> Emitted:
-        weights, steps, run = self.engine.weights, self.engine.steps, self.engine.programs
+    def _decode_call(self, choice: Choice, num_steps: int) -> Call:
+        weights, steps, size = self.engine.weights, self.engine.steps, len(self.sequences)
         inputs = weights.params, weights.store, self.state, self.sampling, np.int32(num_steps)
-        size = len(self.sequences)
         static = {"capacity": self.engine.runtime.decode_chunk, "mode": self.mode}
         if self.prefetching and choice.number:
             ahead = self.engine.predictor, np.int32(choice.number)
-            most = self.prefetching.num_experts
-            self.state, emitted = run(
-                steps, "decode_prefetching", size, *inputs, *ahead, prefetch_experts=most, **static
-            )
-        else:
-            self.state, emitted = run(steps, "decode", size, *inputs, self.engine.executed, **static)
+            static["prefetch_experts"] = self.prefetching.num_experts
+            return Call(steps, "decode_prefetching", size, (*inputs, *ahead), static)
+        return Call(steps, "decode", size, (*inputs, self.engine.executed), static)
+
+    def _decode(self, choice: Choice, num_steps: int) -> Emitted:
+        self.state, emitted = self.engine.programs(self._decode_call(choice, num_steps))
         return emitted
 
+    def _cycles_call(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Call:
+        weights, steps, distances = self.engine.weights, drafting.steps, drafting.distances
+        if self._draft_set is None:
+            self._draft_set = self.engine.programs(Call(steps, "start", (), (self.state.experts, distances), {}))
+        inputs = weights.params, weights.store, self.state, self._draft_set, distances, self.sampling
+        counts = np.int32(choice.number), np.int32(num_cycles)
+        capacity = drafting.num_cycles(self.engine.runtime.decode_chunk)
+        static = {"capacity": capacity, "mode": self.mode}
+        return Call(steps, "decode", len(self.sequences), (*inputs, *counts), static)
+
     def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
-        weights, steps, run = self.engine.weights, drafting.steps, self.engine.programs
-        size, distances = len(self.sequences), drafting.distances
-        draft_set = self._draft_set or run(steps, "start", (), self.state.experts, distances)
-        inputs = weights.params, weights.store, self.state, draft_set, distances, self.sampling
-        self.state, self._draft_set, verified = run(
-            steps,
-            "decode",
-            size,
-            *inputs,
-            np.int32(choice.number),
-            np.int32(num_cycles),
-            capacity=drafting.num_cycles(self.engine.runtime.decode_chunk),
-            mode=self.mode,
-        )
+        call = self._cycles_call(drafting, choice, num_cycles)
+        self.state, self._draft_set, verified = self.engine.programs(call)
         return verified
 
     def prefill(self) -> Iterator[Delta]:

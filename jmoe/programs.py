@@ -4,12 +4,14 @@ XLA's own cache has to be asked with the lowered program, and to trace and lower
 takes longer than to compile them.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import os
 import pickle
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,23 @@ from kernels_pallas import backends
 MOST_FILES = 64  # the oldest go; each is some megabytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """steps.name(*args, **static). `shape` stands for what may differ in the shapes of arguments of these steps."""
+
+    steps: Any
+    name: str
+    shape: Hashable
+    args: tuple
+    static: dict[str, Any]
+
+    @property
+    def key(self) -> Hashable:
+        return self.steps, self.name, self.shape, tuple(sorted(self.static.items()))
+
+
 class Programs:
-    """Runs jitted steps by their names; with a directory, by executables that lie there, or then will.
+    """Runs jitted steps; with a directory, by executables that lie there, or then will.
 
     A file goes by everything that may change what is compiled: the steps, shapes, sources, versions, device and flags.
     It is a pickle, so the directory must be one's own. `announce` is told of files that cannot be used or written.
@@ -33,16 +50,27 @@ class Programs:
         self._directory, self._announce = directory, announce
         self._made: dict[Hashable, Callable] = {}
 
-    def __call__(self, steps: Any, name: str, shape: Hashable, *args: Any, **static: Any) -> Any:
-        """steps.name(*args, **static). `shape` stands for what may differ in the shapes of arguments of these steps."""
+    def __call__(self, call: Call) -> Any:
+        """What the step returns."""
         if self._directory is None:
-            return getattr(steps, name)(*args, **static)
-        key = steps, name, shape, tuple(sorted(static.items()))
-        if key not in self._made:
-            self._made[key] = self._loaded_or_compiled(self._directory, steps, name, args, static)
-        return self._made[key](*args)
+            return getattr(call.steps, call.name)(*call.args, **call.static)
+        self.make([call])
+        return self._made[call.key](*call.args)
 
-    def _loaded_or_compiled(self, directory: Path, steps: Any, name: str, args: tuple, static: dict) -> Callable:
+    def make(self, calls: Sequence[Call]) -> None:
+        """Loads or compiles what these calls need, side by side, and runs nothing.
+
+        Without a directory a step is compiled when it first runs.
+        """
+        directory, missing = self._directory, {call.key: call for call in calls if call.key not in self._made}
+        if directory is None or not missing:
+            return
+        with ThreadPoolExecutor(len(missing)) as threads:  # XLA compiles without Python's lock
+            made = threads.map(lambda call: self._loaded_or_compiled(directory, call), missing.values())
+            self._made |= dict(zip(missing, made, strict=True))
+
+    def _loaded_or_compiled(self, directory: Path, call: Call) -> Callable:
+        steps, name, args, static = call.steps, call.name, call.args, call.static
         file = directory / f"{name}-{_digest(steps, name, args, static)}"
         if file.is_file():
             try:

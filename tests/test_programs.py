@@ -6,6 +6,7 @@ files; tests/gpu/test_programs.py has the real ones.
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_another_start_compiles_no_step(
     assert len(executables.programs) == number
     assert tokens(engine(directory, expert_slots=5)) == said
     assert len(executables.programs) == number + 2
+
+
+def test_steps_are_compiled_side_by_side(
+    kept: tuple[Path, tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compilation of each waits until that of the other has begun."""
+    both, compile_one = threading.Barrier(2, timeout=60), Programs._loaded_or_compiled
+
+    def compile_together(self, directory: Path, call: programs.Call) -> Callable:
+        both.wait()
+        return compile_one(self, directory, call)
+
+    monkeypatch.setattr(Programs, "_loaded_or_compiled", compile_together)
+    assert tokens(engine(tmp_path)) == kept[1]
+    assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["decode", "prefill"]
 
 
 @pytest.mark.parametrize("runtime", [{"draft": 2}, {"prefetch": "lookahead", "prefetch_experts": 1.0}], ids=str)
