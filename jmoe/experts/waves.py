@@ -1,7 +1,7 @@
 """A layer that needs more experts than it has slots: the others stream through the staging slots, wave by wave.
 
-Long prompts ask for nearly every expert. Where they asked for all of a layer, the first two waves of the next layer come
-while its attention runs (`bring_ahead`).
+Long prompts ask for nearly every expert. Where one asked for all of a layer, the first two waves of the next layer
+come while its attention runs (`bring_ahead`).
 """
 
 import dataclasses
