@@ -247,19 +247,21 @@ class OffloadedExperts(MoE):
         how = {"after": what_stays, "implementation": self.implementation}
         y, staging = multiply_in_waves(x, store, slots, carry.staging, groups, layer, carry.ahead, **how)
         carry = dataclasses.replace(carry, staging=staging)
-        return y, slots, carry if self.admits else self._bring_ahead(moe_layer, y, admitted, groups, carry)
+        if not self.admits:
+            y, carry = self._bring_ahead(moe_layer, y, admitted, groups, carry)
+        return y, slots, carry
 
-    def _bring_ahead(self, moe_layer: int, y, admitted: Admitted, groups: Groups, carry: Progress) -> Progress:
+    def _bring_ahead(self, moe_layer: int, y, admitted: Admitted, groups: Groups, carry: Progress):
         """What the next layer will ask for first, if this one asked for all that had no slot: such prompts go on so."""
         unused = carry.ahead.num_unused(groups) if carry.ahead else jnp.zeros((), jnp.int32)
         carry = dataclasses.replace(carry, ahead=None, num_unused=(*carry.num_unused, unused))
         following, num_absent = moe_layer + 1, self.layout.num_experts - self.layout.slots_per_layer
         if following == self.layout.num_layers or groups.expert_ids.size < num_absent:
-            return carry
+            return y, carry
         is_sure = admitted.num_used - admitted.num_hits == num_absent
         inputs = self.store.layers[following], carry.staging, self.slots.residency.layers[following], is_sure
-        staging, ahead = bring_ahead(*inputs, after=y[:1, :1], implementation=self.implementation)
-        return dataclasses.replace(carry, staging=staging, ahead=ahead)
+        y, staging, ahead = bring_ahead(y, *inputs, implementation=self.implementation)
+        return y, dataclasses.replace(carry, staging=staging, ahead=ahead)
 
     def _admit(self, moe_layer: int, routing: Routing, outlook: Any = None) -> Admitted:
         """Which experts of the layer get which slots, if there is a policy's outlook; and the groups."""

@@ -36,27 +36,29 @@ class Ahead:
 
 
 def bring_ahead(
+    y: Float[Array, "T D"],
     store: Float[Array, "E 3 F D"],
     staging: Halves,
     layer: LayerResidency,
     is_sure: Bool[Array, ""],
     *,
-    after: Array,
     implementation: str | None,
-) -> tuple[Halves, Ahead]:
+) -> tuple[Float[Array, "T D"], Halves, Ahead]:
     """The first two waves of the experts that have no slot, if it `is_sure` that they will be asked for; else nothing.
 
-    They begin to come when `after` is computed: of what the staging slots held before, nothing is needed any more.
+    They begin to come when y is computed, one wave after the other: of what the staging slots held before, nothing is
+    needed any more. What follows has to go on with the y that is returned, or XLA might make the list of them together
+    with later ones.
     """
     size, absent = staging[0].shape[0], layer.slot_of == NONE
     count = jnp.where(is_sure, jnp.minimum(jnp.sum(absent, dtype=jnp.int32), 2 * size), 0)
-    ahead = Ahead(compact(absent, 2 * size), count)
-    how = {"after": after, "implementation": implementation}
-    halves = (
-        _fetch(store, half, ahead.expert_ids[start : start + size], jnp.clip(count - start, 0, size), **how)
-        for half, start in zip(staging, (0, size), strict=True)
-    )
-    return tuple(halves), ahead
+    y, ahead = jax.lax.optimization_barrier((y, Ahead(compact(absent, 2 * size), count)))
+    after, halves = y[:1, :1], []
+    for half, start in zip(staging, (0, size), strict=True):
+        plan = ahead.expert_ids[start : start + size], jnp.clip(ahead.count - start, 0, size)
+        halves.append(_fetch(store, half, *plan, after=after, implementation=implementation))
+        after = halves[-1][:1, 0, 0, :1]
+    return y, tuple(halves), ahead
 
 
 def multiply_in_waves(
