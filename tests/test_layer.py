@@ -123,7 +123,7 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
 def came_ahead(num_slots: int, asked_before: set[int], num_staging: int = 3) -> set[int]:
     """What prefill brings for a layer with slots for the first experts, if the layer before asked for all others."""
     absent = list(range(num_slots, E))
-    return set(absent[: 2 * num_staging]) if asked_before.issuperset(absent) else set()
+    return set(absent[:num_staging]) if asked_before.issuperset(absent) else set()
 
 
 def prefill_of_last_layer(num_staging: int):

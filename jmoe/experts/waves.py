@@ -1,7 +1,7 @@
 """A layer that needs more experts than it has slots: the others stream through the staging slots, wave by wave.
 
-Long prompts ask for nearly every expert. Where one asked for all of a layer, the first two waves of the next layer
-come while its attention runs (`bring_ahead`).
+Long prompts ask for nearly every expert. Where one asked for all of a layer, the first wave of the next layer comes
+while its attention runs (`bring_ahead`).
 """
 
 import dataclasses
@@ -21,12 +21,11 @@ Halves = tuple[Float[Array, "W 3 F D"], ...]  # of the staging slots
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """The first `count` of these experts of a layer are in the staging slots before its router asks, or on their way.
-
-    The first W in one half, the others in the other: none of them, or two waves of as many as there are.
+    """The first `count` of these experts of a layer are in the first staging slots before its router asks, or on their
+    way: a whole wave of as many as have no slot, or none.
     """
 
-    expert_ids: Int[Array, " 2W"]
+    expert_ids: Int[Array, " W"]
     count: Int[Array, ""]
 
     def num_unused(self, groups: Groups) -> Int[Array, ""]:
@@ -44,21 +43,17 @@ def bring_ahead(
     *,
     implementation: str | None,
 ) -> tuple[Float[Array, "T D"], Halves, Ahead]:
-    """The first two waves of the experts that have no slot, if it `is_sure` that they will be asked for; else nothing.
+    """The first wave of the experts that have no slot, if it `is_sure` that they will be asked for; else nothing.
 
-    They begin to come when y is computed, one wave after the other: of what the staging slots held before, nothing is
-    needed any more. What follows has to go on with the y that is returned, or XLA might make the list of them together
-    with later ones.
+    It begins to come when y is computed: of what the staging slots held before, nothing is needed any more. What
+    follows has to go on with the y that is returned, or XLA might make the list of them together with later ones.
     """
-    size, absent = staging[0].shape[0], layer.slot_of == NONE
-    count = jnp.where(is_sure, jnp.minimum(jnp.sum(absent, dtype=jnp.int32), 2 * size), 0)
-    y, ahead = jax.lax.optimization_barrier((y, Ahead(compact(absent, 2 * size), count)))
-    after, halves = y[:1, :1], []
-    for half, start in zip(staging, (0, size), strict=True):
-        plan = ahead.expert_ids[start : start + size], jnp.clip(ahead.count - start, 0, size)
-        halves.append(_fetch(store, half, *plan, after=after, implementation=implementation))
-        after = halves[-1][:1, 0, 0, :1]
-    return y, tuple(halves), ahead
+    even, odd = staging
+    size, absent = even.shape[0], layer.slot_of == NONE
+    count = jnp.where(is_sure, jnp.minimum(jnp.sum(absent, dtype=jnp.int32), size), 0)
+    y, ahead = jax.lax.optimization_barrier((y, Ahead(compact(absent, size), count)))
+    even = _fetch(store, even, ahead.expert_ids, ahead.count, after=y[:1, :1], implementation=implementation)
+    return y, (even, odd), ahead
 
 
 def multiply_in_waves(
