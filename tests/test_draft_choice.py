@@ -1,11 +1,12 @@
 """The choice of how many tokens to draft, against made-up costs: what it finds, and what finding it may cost."""
 
 import dataclasses
+import math
 import random
 
 import pytest
 
-from jmoe.decoding.contest import LEAST_CYCLES, SHARE, Choice, Chooser
+from jmoe.decoding.contest import LEAST_CYCLES, REVIEWS, REVIEWS_OF_PROOF, SHARE, Choice, Chooser
 from jmoe.decoding.draft_choice import PROOF, acceptance_of, draft_chooser
 from jmoe.stats import DecodeCalls, ExpertCounts
 
@@ -39,16 +40,17 @@ class World:
         return self
 
     def call(self, number: int, count: int) -> DecodeCalls:
-        tokens = sum(self._accepted(number) for _ in range(count * self.batch))
-        seconds = sum(self.cycle_s(number) * (1 + self.random.gauss(0, self.noise)) for _ in range(count))
-        self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+        before = self.seconds, self.tokens
+        for _ in range(count):
+            self.seconds += self.cycle_s(number) * (1 + self.random.gauss(0, self.noise))
+            self.tokens += sum(self._accepted(number) for _ in range(self.batch))
         self.steps[number] = self.steps.get(number, 0) + count
         hits = round(100 * self.hit_rate)
         return DecodeCalls(
             num_draft_tokens=number,
             num_steps=count,
-            seconds=seconds,
-            num_tokens=tokens,
+            seconds=self.seconds - before[0],
+            num_tokens=self.tokens - before[1],
             num_verifications=count * self.batch,
             experts=ExpertCounts(hits=hits, fetched=100 - hits, streamed=0),
         )
@@ -68,6 +70,26 @@ class World:
         """What the best of the numbers takes for the same tokens."""
         pace = (self.cycle_s(n) / sum(self.accepts**k for k in range(n + 1)) for n in numbers)
         return min(pace) * self.tokens / self.batch
+
+
+@dataclasses.dataclass
+class Settling(World):
+    """A text that comes to repeat itself: plain steps take `first` seconds at first and one in the end."""
+
+    first: float = 10.0
+    tokens_to_settle: float = 100.0
+
+    def step_s(self, token: float) -> float:
+        return 1 + (self.first - 1) * math.exp(-token / self.tokens_to_settle)
+
+    def cycle_s(self, number: int) -> float:
+        step_s = self.step_s(self.tokens / self.batch)
+        self.hit_rate = 1 - step_s / 25
+        return step_s + number * (self.token_s + self.verify_s)
+
+    @property
+    def plain_s(self) -> float:
+        return sum(self.step_s(token) for token in range(self.tokens // self.batch))
 
 
 def test_the_numbers_end_with_the_most() -> None:
@@ -160,6 +182,28 @@ def test_a_best_that_fell_behind_gives_way_to_plain_steps() -> None:
     worse = World(0.9, 0.6, 0.2, seed=1).decode(chooser, 2000)
     assert chooser.contest(1).best == 0
     assert worse.seconds < 1.05 * worse.plain_s
+
+
+@pytest.mark.parametrize(("first", "tokens_to_settle"), [(10.0, 100.0), (10.0, 300.0), (4.0, 150.0)])
+@pytest.mark.parametrize("accepts", [0.5, 1.0])
+def test_what_drafts_gained_while_steps_were_long_does_not_outlast_that(accepts, first, tokens_to_settle) -> None:
+    for seed in range(5):
+        settling = {"first": first, "tokens_to_settle": tokens_to_settle, "seed": seed}
+        world = Settling(1.3, 0.2, accepts, **settling).decode(chooser := draft_chooser(8), 900)
+        assert world.seconds < 1.02 * world.plain_s
+        late = Settling(1.3, 0.2, accepts, first=1.0, seed=seed).decode(chooser, 400)
+        assert chooser.contest(1).best == 0
+        until_reviewed = PROOF / REVIEWS_OF_PROOF / REVIEWS  # plain steps
+        assert late.seconds < 1.02 * late.plain_s + 0.5 * until_reviewed
+
+
+def test_plain_steps_are_measured_again_while_another_is_the_best() -> None:
+    """At once, then ever more rarely: in the end they take `REVIEWS` of the time."""
+    chooser = draft_chooser(1)
+    World(0.02, 0.0, 0.9).decode(chooser, 20_000)
+    assert chooser.contest(1).best == 1
+    world = World(0.02, 0.0, 0.9, seed=1).decode(chooser, 20_000)
+    assert world.steps[0] == pytest.approx(REVIEWS * world.seconds, rel=0.2)
 
 
 def test_luck_is_no_proof() -> None:

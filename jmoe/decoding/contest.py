@@ -11,6 +11,10 @@ another is tried, in a call of a few steps. What tries may cost is bounded by th
   ends the waiting, not the accounting.
 - A number becomes the best only after a proof (so many verified sequences), and `MARGIN` better than the last; it gives
   way to plain steps as soon as its own recent pace falls below theirs. What it lost by then counts as a try's.
+- Paces change: a text that comes to repeat itself finds its experts resident, and plain steps gain most of that. So a
+  pace is that of about the last proof, and while another number is the best, plain steps are reviewed: as soon as it is
+  the best, then ever more rarely, until they take `REVIEWS` of the time. That costs a part of the gain, and nothing
+  against plain steps.
 
 All of this is kept by how many sequences are decoded together, in powers of two, since what is fastest depends on it.
 """
@@ -24,7 +28,8 @@ from jmoe.stats import DecodeCalls
 SHARE = 0.01  # of the decode time, that may be lost by trying
 MARGIN = 1.02
 HOPELESS = 0.8  # of the best pace: no need of proof
-MEMORY = 0.9  # of a pace, from one call to the next
+FIRST_REVIEWS, REVIEWS = 1 / 8, 1 / 32  # of the decode time, that plain steps take while another number is the best
+REVIEWS_OF_PROOF = 4  # reviews that make a proof
 LEAST_CYCLES = 2  # of a try: the first after plain steps has the worst drafts
 OTHER_HITS = 0.1  # hit rates that differ by so much are of different times
 
@@ -55,10 +60,11 @@ class Pace:
         asked = hits + call.experts.misses
         return cls(call.seconds, call.num_steps, call.num_tokens, verifications, hits, asked, verifications)
 
-    def and_then(self, call: DecodeCalls) -> "Pace":
-        new = Pace.of(call)
+    def and_then(self, call: DecodeCalls, half_life: int) -> "Pace":
+        """What was weighs half as much after so many cycles."""
+        new, kept = Pace.of(call), 0.5 ** (call.num_steps / half_life)
         sums = {
-            field.name: MEMORY * getattr(self, field.name) + getattr(new, field.name)
+            field.name: kept * getattr(self, field.name) + getattr(new, field.name)
             for field in dataclasses.fields(self)
         }
         return Pace(**{**sums, "proof": self.proof + new.proof})
@@ -124,13 +130,18 @@ class Contest:
         self._paces: dict[int, Pace] = {}
         self._waits_until = dict.fromkeys(numbers, 0.0)  # in decoded seconds
         self._is_over = dict.fromkeys(numbers, True)  # whether the next call of it begins a new try
-        self._behind_s = 0.0  # what the best lost against plain steps since it is the best; below 0 it gained
+        self._unreviewed_s = self._unreviewed_tokens = 0.0  # of the best and a sequence, since the last review
+        self._review: Pace | None = None  # of plain steps, under way
+        self._review_at = 0.0  # in decoded seconds
+        self._reviews = FIRST_REVIEWS  # the share of the time
         self._usual_hits = 1.0
 
     def choose(self, num_sequences: int) -> Choice:
         if self.best not in self._paces:
             return Choice(self.best)
-        others = [n for n in self.numbers if n != self.best and self._waits_until[n] <= self.seconds]
+        if self.best != 0 and self._review_at <= self.seconds:
+            return Choice(0, self._steps_of(self._proof // REVIEWS_OF_PROOF, num_sequences))
+        others = [n for n in self.numbers if n not in (0, self.best) and self._waits_until[n] <= self.seconds]
         for number in sorted(others, key=lambda n: -self._expected_rate(n)):
             if cycles := self._affordable(number, num_sequences):
                 return Choice(number, cycles)
@@ -140,6 +151,8 @@ class Contest:
         self.seconds += call.seconds
         if number == self.best:
             self._record_best(call)
+        elif number == 0:
+            self._record_review(call)
         else:
             self._record_try(number, call)
         if abs(self._paces[self.best].hit_rate - self._usual_hits) > OTHER_HITS:
@@ -148,22 +161,32 @@ class Contest:
 
     def _record_best(self, call: DecodeCalls) -> None:
         known = self._paces.get(self.best)
-        self._paces[self.best] = pace = known.and_then(call) if known else Pace.of(call)
+        self._paces[self.best] = pace = known.and_then(call, self._proof) if known else Pace.of(call)
         if known is None:
             self._usual_hits = pace.hit_rate
         if self.best != 0:
-            plain = self._paces[0]
-            self._behind_s += _loss_s(call, plain.rate)
-            if pace.rate < plain.rate:
-                self.lost_s += max(0.0, self._behind_s)
-                self._give_up(self.best)
-                self._crown(0)
+            self._unreviewed_s += call.seconds
+            self._unreviewed_tokens += _tokens(call)
+            if pace.rate < self._paces[0].rate:
+                self._dethrone()
+
+    def _record_review(self, call: DecodeCalls) -> None:
+        """Plain steps, whose pace may be another by now. It goes on until they are slower, or faster by a proof."""
+        self._review = review = self._review.and_then(call, self._proof) if self._review else Pace.of(call)
+        self._paces[0] = self._paces[0].and_then(call, self._proof)
+        if review.rate <= self._paces[self.best].rate:
+            self._unreviewed_s = self._unreviewed_tokens = 0.0
+            self._review, self._review_at = None, self.seconds + review.seconds / self._reviews
+            self._reviews = max(REVIEWS, self._reviews / 2)
+        elif review.proof >= self._proof:
+            self._paces[0] = review
+            self._dethrone()
 
     def _record_try(self, number: int, call: DecodeCalls) -> None:
         best = self._paces[self.best]
         self.lost_s += max(0.0, _loss_s(call, best.rate))
-        self._paces[number] = Pace.of(call) if self._is_over[number] else self._paces[number].and_then(call)
-        pace, self._is_over[number] = self._paces[number], False
+        is_new, self._is_over[number] = self._is_over[number], False
+        self._paces[number] = pace = Pace.of(call) if is_new else self._paces[number].and_then(call, self._proof)
         is_proven = pace.proof >= self._proof
         if pace.rate > MARGIN * best.rate and is_proven:
             self._give_up(self.best)
@@ -171,8 +194,17 @@ class Contest:
         elif is_proven or pace.rate < HOPELESS * best.rate:
             self._give_up(number)
 
+    def _dethrone(self) -> None:
+        """Plain steps are the best again. What the other lost since it last was better counts as a try's."""
+        self.lost_s += max(0.0, self._unreviewed_s - self._unreviewed_tokens / self._paces[0].rate)
+        self._give_up(self.best)
+        self._crown(0)
+
     def _crown(self, number: int) -> None:
-        self.best, self._behind_s = number, 0.0
+        pace = self._paces[number]
+        self._unreviewed_s, self._unreviewed_tokens = pace.seconds, pace.seconds * pace.rate
+        self.best, self._review_at, self._reviews = number, self.seconds, FIRST_REVIEWS
+        self._review = None
         self._usual_hits = self._paces[number].hit_rate
 
     def _give_up(self, number: int) -> None:
@@ -182,11 +214,14 @@ class Contest:
         """Cycles of a try; 0 where what it may lose is more than is left."""
         seconds, tokens = self._expected(self._paces, number)
         loss_s = seconds - tokens / self._paces[self.best].rate
-        wanted = max(LEAST_CYCLES, math.ceil(self._proof / num_sequences))
+        wanted = self._steps_of(self._proof, num_sequences)
         if loss_s <= 0:
             return wanted
         left = int((SHARE * self.seconds - self.lost_s) / loss_s)
         return min(wanted, left) if left >= LEAST_CYCLES else 0
+
+    def _steps_of(self, verifications: int, num_sequences: int) -> int:
+        return max(LEAST_CYCLES, math.ceil(verifications / num_sequences))
 
     def _expected_rate(self, number: int) -> float:
         seconds, tokens = self._expected(self._paces, number)
@@ -195,5 +230,9 @@ class Contest:
 
 def _loss_s(call: DecodeCalls, rate: float) -> float:
     """Seconds that the call took more than the same tokens at this pace; below 0 it gained."""
-    num_sequences = call.num_verifications / call.num_steps
-    return call.seconds - call.num_tokens / num_sequences / rate
+    return call.seconds - _tokens(call) / rate
+
+
+def _tokens(call: DecodeCalls) -> float:
+    """Of a sequence."""
+    return call.num_tokens / call.num_verifications * call.num_steps
