@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +107,6 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
         for n, twin in enumerate(twins):
             value = policy.value(n, used[n], clock) if admits else None
             counts[:, n] += count(twin, asked(routings[n]), value)
-            if n and not admits:
-                counts[2, n] += len(came_ahead(num_slots, asked(routings[n - 1])) - asked(routings[n]))
         policy.update(used, clock)
         assert np.asarray(slots.residency.stacked.owner).tolist() == [twin.owner for twin in twins]
     used = slots.residency.decode if admits else slots.residency.prefill
@@ -120,14 +117,8 @@ def test_offloaded_experts_compute_and_count_as_they_should(num_slots: int, admi
     assert_slots_hold_their_owners(slots)
 
 
-def came_ahead(num_slots: int, asked_before: set[int], num_staging: int = 3) -> set[int]:
-    """What prefill brings for a layer with slots for the first experts, if the layer before asked for all others."""
-    absent = list(range(num_slots, E))
-    return set(absent[:num_staging]) if asked_before.issuperset(absent) else set()
-
-
-def prefill_of_last_layer(num_staging: int):
-    """Two slots, and staging slots that hold NaN; for no layer after it anything comes ahead."""
+def prefill_of_one_layer(num_staging: int):
+    """Two slots, and staging slots that hold NaN."""
     sizes = dataclasses.replace(layout(2), num_staging=num_staging)
 
     def run(store: ExpertStore, residency: Residency, x, routing):
@@ -136,7 +127,7 @@ def prefill_of_last_layer(num_staging: int):
             tuple(jax.device_put(layer[:2], jax.memory.Space.Device) for layer in store.layers), staging, residency
         )
         experts = OffloadedExperts(store, slots, sizes, admits=False, policy="lru")
-        return experts(NUM_LAYERS - 1, x, routing, experts.start())[0]
+        return experts(0, x, routing, experts.start())[0]
 
     return run
 
@@ -155,8 +146,8 @@ def test_waves_of_any_size_bring_what_is_missing_and_no_more(
     monkeypatch.setattr(waves, "fetch", fetch)
     rng = np.random.default_rng(num_staging)
     x, routing = jnp.asarray(rng.normal(size=(5, D)), jnp.float32), make_routing(kind, 5, rng)
-    y = jax.jit(prefill_of_last_layer(num_staging))(store(), start(2).residency, x, routing)
-    wanted = resident()([x] * NUM_LAYERS, [routing] * NUM_LAYERS)[-1]
+    y = jax.jit(prefill_of_one_layer(num_staging))(store(), start(2).residency, x, routing)
+    wanted = resident()([x, x], [routing, routing])[0]
     jax.effects_barrier()
     np.testing.assert_allclose(y, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
     num_missing = len(asked(routing) - {0, 1})
@@ -166,57 +157,12 @@ def test_waves_of_any_size_bring_what_is_missing_and_no_more(
     ]
 
 
-@pytest.mark.parametrize("num_slots", [2, 5])
-@pytest.mark.parametrize("num_staging", range(1, 5))
-@pytest.mark.parametrize("kind", ["everything", "random", "one_expert", "no_token", "all_but_first"])
-@pytest.mark.parametrize("before", ["everything", "random"])
-def test_what_the_next_layer_begins_with_comes_ahead_and_once(
-    before: str, kind: str, num_staging: int, num_slots: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both layers are right, and what came ahead is not fetched again; what of it nobody asks for is counted."""
-    fetched: list[list[int]] = []
-
-    def fetch(store, slots, expert_ids, slot_ids, count, **options):
-        jax.debug.callback(lambda ids, count: fetched.append(np.asarray(ids)[:count].tolist()), expert_ids, count)
-        return fetch_api.fetch(store, slots, expert_ids, slot_ids, count, **options)
-
-    monkeypatch.setattr(waves, "fetch", fetch)
-    rng = np.random.default_rng(num_staging)
-    routings = [make_routing(before, 5, rng), make_routing("everything" if kind == "all_but_first" else kind, 5, rng)]
-    if kind == "all_but_first":
-        ids = np.array(routings[1].expert_ids)
-        routings[1] = dataclasses.replace(routings[1], expert_ids=jnp.where(ids == num_slots, 0, ids))
-    xs = [jnp.asarray(rng.normal(size=(5, D)), jnp.float32) for _ in range(NUM_LAYERS)]
-    sizes = dataclasses.replace(layout(num_slots), num_staging=num_staging)
-
-    @jax.jit
-    def run(store: ExpertStore, residency: Residency, xs, routings):
-        staging = tuple(jnp.full((num_staging, 3, F, D), jnp.nan) for _ in range(2))
-        layers = tuple(jax.device_put(layer[:num_slots], jax.memory.Space.Device) for layer in store.layers)
-        experts = OffloadedExperts(store, ExpertSlots(layers, staging, residency), sizes, admits=False, policy="lru")
-        first, carry = experts(0, xs[0], routings[0], experts.start())
-        second, carry = experts(1, xs[1], routings[1], carry)
-        return [first, second], experts.finish(carry).residency.prefill
-
-    ys, counters = run(store(), start(num_slots).residency, xs, routings)
-    jax.effects_barrier()
-    for y, expected in zip(ys, resident()(xs, routings), strict=True):
-        np.testing.assert_allclose(y, expected, atol=2e-6 * max(1, np.abs(expected).max()))
-    absent = set(range(num_slots, E))
-    ahead = came_ahead(num_slots, asked(routings[0]), num_staging)
-    assert bool(ahead) == (asked(routings[0]) >= absent)
-    needed = [asked(routing) & absent for routing in routings]
-    assert sorted(itertools.chain(*fetched)) == sorted([*needed[0], *(needed[1] | ahead)])
-    assert np.asarray(counters.streamed).tolist() == [len(needed[0]), len(needed[1] | ahead)]
-    assert np.asarray(counters.hits).tolist() == [len(asked(routing) - absent) for routing in routings]
-
-
 def test_each_wave_comes_while_what_came_before_is_multiplied_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in the program keeps a fetch waiting for the arithmetic beside it, nor that for the fetch."""
     monkeypatch.setattr(waves, "fetch", jax.jit(fetch_api.fetch, static_argnames="implementation"))
     monkeypatch.setattr(waves, "multiply", jax.jit(waves.multiply, static_argnums=4))
     routing = make_routing("everything", 5, np.random.default_rng(0))
-    program = jax.make_jaxpr(prefill_of_last_layer(3))(store(), start(2).residency, jnp.zeros((5, D)), routing)
+    program = jax.make_jaxpr(prefill_of_one_layer(3))(store(), start(2).residency, jnp.zeros((5, D)), routing)
     [loop] = [equation for equation in program.eqns if equation.primitive.name == "while"]
     assert calls(program.jaxpr) == [("fetch", set()), ("multiply", set())]
     assert calls(loop.params["body_jaxpr"].jaxpr) == [

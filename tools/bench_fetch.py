@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe import memory
-from jmoe.decoding.compiled import LOOPS_IN_GRAPHS
 from kernels_pallas import backends
 from kernels_pallas.fetch import api
 from kernels_pallas.fetch.specs import FetchSpec
@@ -17,8 +16,7 @@ from kernels_pallas.fetch.specs import FetchSpec
 class Case:
     """Random experts in pinned host memory, a plan for each call, and slots that go from one program to the next.
 
-    A program is `rounds` turns of a loop over `calls` plans, and one CUDA graph, as a call of decode is; `seconds` says
-    how long it takes with its arguments.
+    A program is `rounds` turns of a loop over `calls` plans; `seconds` says how long it takes with its arguments.
     """
 
     def __init__(self, spec: FetchSpec, rounds: int, calls: int, seconds: Callable[[Callable, tuple], float]) -> None:
@@ -48,7 +46,7 @@ class Case:
     def _program(self, function: Callable, plans: list, rounds: int) -> Callable:
         """A program of one fetch a plan and round, each into the slots that the one before has written."""
 
-        @functools.partial(jax.jit, donate_argnums=1, compiler_options=LOOPS_IN_GRAPHS)
+        @functools.partial(jax.jit, donate_argnums=1)
         def run(store, slots, plans):
             def turn(_, slots):
                 for plan in plans:

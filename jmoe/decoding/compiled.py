@@ -15,7 +15,7 @@ COMPILER_OPTIONS = {
     "xla_gpu_experimental_enable_fusion_autotuner": False,
 }
 # XLA's own list, and loops: a whole call becomes one CUDA graph, no turn of which waits for the host.
-LOOPS_IN_GRAPHS = {
+_LOOPS_IN_GRAPHS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
 }
 _NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
@@ -73,6 +73,6 @@ def _options(profiled: bool, overlapping: bool, repeats: bool) -> dict[str, Any]
         return {**COMPILER_OPTIONS, **_NO_GRAPHS}
     return {
         **COMPILER_OPTIONS,
-        **({} if profiled else LOOPS_IN_GRAPHS),
+        **({} if profiled else _LOOPS_IN_GRAPHS),
         **(prefetch_api.COMPILER_OPTIONS if overlapping else {}),
     }

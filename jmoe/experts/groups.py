@@ -30,21 +30,6 @@ class Groups:
     def of(cls, admitted: Admitted, per_row: int) -> "Groups":
         return cls(admitted.group_experts, admitted.group_weights, per_row, admitted.num_used)
 
-    def after(
-        self, first: Int[Array, " N"], count: Int[Array, ""], chosen: Bool[Array, " G"]
-    ) -> tuple["Groups", Bool[Array, " N+G"]]:
-        """As many groups more, and before these: the `first` experts, with the weights that they have here, or none.
-
-        And what of all these is chosen: the first `count`, and of the others those `chosen` that are not among them.
-        """
-        kept = jnp.arange(first.size) < count
-        same = kept[:, None] & (first[:, None] == self.expert_ids[None, :])  # [N, G]
-        weights = jnp.where(jnp.any(same, axis=1)[:, None], self.weights[jnp.argmax(same, axis=1)], 0.0)
-        joined = Groups(
-            jnp.concatenate([first, self.expert_ids]), jnp.concatenate([weights, self.weights]), self.per_row
-        )
-        return joined, jnp.concatenate([kept, chosen & ~jnp.any(same, axis=0)])
-
     def only(self, chosen: Bool[Array, " G"], size: int) -> "Groups":
         """The chosen groups, at most `size` of them, in their order."""
         at, count = grouping.compact(chosen, size), jnp.sum(chosen, dtype=jnp.int32)

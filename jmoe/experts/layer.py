@@ -19,7 +19,7 @@ from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.experts.residency import Counters, FetchPlan, LayerResidency
 from jmoe.experts.slots import ExpertSlots, SlotLayout
 from jmoe.experts.store import ExpertStore
-from jmoe.experts.waves import Ahead, Halves, bring_ahead, multiply_in_waves
+from jmoe.experts.waves import Halves, multiply_in_waves
 from jmoe.model.decoder import MoE
 from jmoe.model.router import Routing
 from kernels_pallas.admit.api import admit
@@ -79,8 +79,7 @@ class Progress:
     """What the layers done so far have asked for, and have made of the slots and of their residency.
 
     `outlook` is what a step that admits goes by, its policy's. With a prefetch, `guess` is what the next layer will
-    miss, and `arrivals` what came early for each so far, or each but the first. In prefill `ahead` is what of the next
-    layer is in the staging slots, if it may be any, and `num_unused` how many came so for nothing.
+    miss, and `arrivals` what came early for each so far, or each but the first.
     """
 
     staging: Halves
@@ -92,8 +91,6 @@ class Progress:
     outlook: Any = None
     guess: Guess | None = None
     arrivals: tuple[Arrivals, ...] = ()
-    ahead: Ahead | None = None
-    num_unused: tuple[Int[Array, ""], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +153,7 @@ class OffloadedExperts(MoE):
         asked = jnp.sum(needed, axis=1, dtype=jnp.int32)
         hits = jnp.stack(progress.num_hits) if progress.num_hits else asked
         fetched = jnp.stack(progress.num_fetched) if progress.num_fetched else jnp.zeros_like(hits)
-        unused = jnp.stack(progress.num_unused) if progress.num_unused else jnp.zeros_like(hits)
-        return Counters(hits, fetched, asked - hits - fetched + unused)
+        return Counters(hits, fetched, asked - hits - fetched)
 
     @property
     def _is_fixed(self) -> bool:
@@ -219,49 +215,29 @@ class OffloadedExperts(MoE):
         return admitted.group_slots, Groups.of(admitted, per_row)
 
     def _from_slots_and_store(self, moe_layer: int, x, routing: Routing, carry: Progress):
-        slots = self.slots.layers[moe_layer]
+        slots, staging = self.slots.layers[moe_layer], carry.staging
         with jax.named_scope("admit"):
             admitted = self._admit(moe_layer, routing, carry.outlook)
+        after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and not self.layout.overflows(routing.expert_ids.size):
             arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
         else:
-            y, slots, carry = self._in_waves(moe_layer, x, slots, admitted, groups, carry)
+            if self.admits:
+                slots = self._fetch(moe_layer, slots, plan_of(admitted))
+            what_stays = slots[:1, 0, 0, :1] if self.admits else None  # comes before what does not
+            how = {"after": what_stays, "implementation": self.implementation}
+            y, staging = multiply_in_waves(x, self.store.layers[moe_layer], slots, staging, groups, after, **how)
         progress = dataclasses.replace(
             carry,
+            staging=staging,
             slots=(*carry.slots, slots),
-            layers=(*carry.layers, LayerResidency(admitted.slot_of, admitted.owner)),
+            layers=(*carry.layers, after),
             num_hits=(*carry.num_hits, admitted.num_hits),
             num_fetched=(*carry.num_fetched, admitted.count) if self.admits else (),
         )
         return y, progress
-
-    def _in_waves(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups, carry: Progress):
-        """What is admitted comes first, then wave by wave what is not."""
-        store, what_stays = self.store.layers[moe_layer], None
-        if self.admits:
-            slots = self._fetch(moe_layer, slots, plan_of(admitted))
-            what_stays = slots[:1, 0, 0, :1]
-        layer = LayerResidency(admitted.slot_of, admitted.owner)
-        how = {"after": what_stays, "implementation": self.implementation}
-        y, staging = multiply_in_waves(x, store, slots, carry.staging, groups, layer, carry.ahead, **how)
-        carry = dataclasses.replace(carry, staging=staging)
-        if not self.admits:
-            y, carry = self._bring_ahead(moe_layer, y, admitted, groups, carry)
-        return y, slots, carry
-
-    def _bring_ahead(self, moe_layer: int, y, admitted: Admitted, groups: Groups, carry: Progress):
-        """What the next layer will ask for first, if this one asked for all that had no slot: such prompts go on so."""
-        unused = carry.ahead.num_unused(groups) if carry.ahead else jnp.zeros((), jnp.int32)
-        carry = dataclasses.replace(carry, ahead=None, num_unused=(*carry.num_unused, unused))
-        following, num_absent = moe_layer + 1, self.layout.num_experts - self.layout.slots_per_layer
-        if following == self.layout.num_layers or groups.expert_ids.size < num_absent:
-            return y, carry
-        is_sure = admitted.num_used - admitted.num_hits == num_absent
-        inputs = self.store.layers[following], carry.staging, self.slots.residency.layers[following], is_sure
-        y, staging, ahead = bring_ahead(y, *inputs, implementation=self.implementation)
-        return y, dataclasses.replace(carry, staging=staging, ahead=ahead)
 
     def _admit(self, moe_layer: int, routing: Routing, outlook: Any = None) -> Admitted:
         """Which experts of the layer get which slots, if there is a policy's outlook; and the groups."""

@@ -34,10 +34,7 @@ class LayerResidency:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Distinct experts that steps asked for, one count a layer: hits + fetched + streamed.
-
-    What prefill brought before a router asked, and then nobody asked for, is streamed too.
-    """
+    """Distinct experts that steps asked for, one count a layer. hits + fetched + streamed = asked for."""
 
     hits: Int[Array, " L"]  # were resident
     fetched: Int[Array, " L"]  # were copied into a slot and stay

@@ -1,8 +1,4 @@
-"""A layer that needs more experts than it has slots: the others stream through the staging slots, wave by wave.
-
-Long prompts ask for nearly every expert. Where one asked for all of a layer, the first wave of the next layer comes
-while its attention runs (`bring_ahead`).
-"""
+"""A layer that needs more experts than it has slots: the others stream through the staging slots, wave by wave."""
 
 import dataclasses
 
@@ -12,48 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.experts.groups import Groups, multiply
 from jmoe.experts.residency import NONE, LayerResidency
-from kernels_pallas.admit.reference import compact
 from kernels_pallas.fetch.api import fetch
 
 Halves = tuple[Float[Array, "W 3 F D"], ...]  # of the staging slots
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ahead:
-    """The first `count` of these experts of a layer are in the first staging slots before its router asks, or on their
-    way: a whole wave of as many as have no slot, or none.
-    """
-
-    expert_ids: Int[Array, " W"]
-    count: Int[Array, ""]
-
-    def num_unused(self, groups: Groups) -> Int[Array, ""]:
-        """How many of them are in no group."""
-        asked = jnp.any(self.expert_ids[:, None] == groups.expert_ids[None, :], axis=1)
-        return jnp.sum(~asked & (jnp.arange(asked.size) < self.count), dtype=jnp.int32)
-
-
-def bring_ahead(
-    y: Float[Array, "T D"],
-    store: Float[Array, "E 3 F D"],
-    staging: Halves,
-    layer: LayerResidency,
-    is_sure: Bool[Array, ""],
-    *,
-    implementation: str | None,
-) -> tuple[Float[Array, "T D"], Halves, Ahead]:
-    """The first wave of the experts that have no slot, if it `is_sure` that they will be asked for; else nothing.
-
-    It begins to come when y is computed: of what the staging slots held before, nothing is needed any more. What
-    follows has to go on with the y that is returned, or XLA might make the list of them together with later ones.
-    """
-    even, odd = staging
-    size, absent = even.shape[0], layer.slot_of == NONE
-    count = jnp.where(is_sure, jnp.minimum(jnp.sum(absent, dtype=jnp.int32), size), 0)
-    y, ahead = jax.lax.optimization_barrier((y, Ahead(compact(absent, size), count)))
-    even = _fetch(store, even, ahead.expert_ids, ahead.count, after=y[:1, :1], implementation=implementation)
-    return y, (even, odd), ahead
 
 
 def multiply_in_waves(
@@ -63,21 +20,20 @@ def multiply_in_waves(
     staging: Halves,
     groups: Groups,
     layer: LayerResidency,
-    ahead: Ahead | None = None,
     *,
     after: Array | None,
     implementation: str | None,
 ) -> tuple[Float[Array, "T D"], Halves]:
     """Residents where they are, while the first wave of the others comes; each wave while the next one comes.
 
-    The first wave begins to come when `after` is computed, if that is given, unless it came `ahead`. A turn of the loop
-    is two waves, so that each half of the staging slots is an array that is changed in place. In a program with
+    The first wave begins to come when `after` is computed, if that is given. A turn of the loop is two waves, so that
+    each half of the staging slots is an array that is changed in place. In a program with
     `kernels_pallas.prefetch.api.COMPILER_OPTIONS` a GPU copies and multiplies at the same time.
     """
     asked = groups.expert_ids != NONE
     resident = asked & (layer.slot_of[jnp.maximum(groups.expert_ids, 0)] != NONE)
     even, odd = staging
-    waves = Waves.of(store, groups, asked & ~resident, even.shape[0], ahead, implementation)
+    waves = Waves.of(store, groups, asked & ~resident, even.shape[0], implementation)
     even = waves.fetch(0, even, after)
     here = groups.only(resident, min(asked.size, slots.shape[0]))
     y = multiply(x, slots, _slots_of(layer, here.expert_ids), here, implementation)
@@ -95,25 +51,17 @@ def multiply_in_waves(
 
 @dataclasses.dataclass(frozen=True)
 class Waves:
-    """Groups whose experts have no slot, as many as their `count` says, `size` of them at a time.
-
-    What came ahead is first, also if no row is in its group; it need not be fetched.
-    """
+    """Groups whose experts have no slot, as many as their `count` says, `size` of them at a time."""
 
     store: Float[Array, "E 3 F D"]
     groups: Groups
     size: int
-    ahead: Ahead | None
     implementation: str | None
 
     @staticmethod
-    def of(
-        store, groups: Groups, missing: Bool[Array, " G"], size: int, ahead: Ahead | None, implementation: str | None
-    ) -> "Waves":
-        if ahead is not None:
-            groups, missing = groups.after(ahead.expert_ids, ahead.count, missing)
+    def of(store, groups: Groups, missing: Bool[Array, " G"], size: int, implementation: str | None) -> "Waves":
         away = groups.only(missing, missing.size + -missing.size % (2 * size))  # whole pairs of waves
-        return Waves(store, away, size, ahead, implementation)
+        return Waves(store, away, size, implementation)
 
     @property
     def num_groups(self) -> Int[Array, ""]:
@@ -124,12 +72,11 @@ class Waves:
         return jnp.clip(self.num_groups - wave * self.size, 0, self.size)
 
     def fetch(self, wave: Int[Array, ""] | int, onto: Float[Array, "W 3 F D"], after: Array | None = None):
-        """The experts of a wave in the first of these slots; nothing, if there is no such wave, or it is here."""
+        """The experts of a wave in the first of these slots; nothing, if there is no such wave."""
         expert_ids = jax.lax.dynamic_slice_in_dim(self.groups.expert_ids, wave * self.size, self.size)
-        count = self.count_of(wave)
-        if self.ahead is not None:
-            count = jnp.where(wave * self.size < self.ahead.count, 0, count)
-        return _fetch(self.store, onto, expert_ids, count, after=after, implementation=self.implementation)
+        copies = expert_ids, jnp.arange(self.size, dtype=jnp.int32), self.count_of(wave)
+        with jax.named_scope("fetch"):
+            return fetch(self.store, onto, *copies, after=after, implementation=self.implementation)
 
     def add(self, y: Float[Array, "T D"], x, wave: Int[Array, ""], experts: Float[Array, "W 3 F D"]):
         """y, and what the experts of a wave make of x.
@@ -144,12 +91,6 @@ class Waves:
         comers = Groups(groups.expert_ids, weights, groups.per_row, count)
         more = multiply(x, experts, come, comers, self.implementation)
         return jnp.where(count > 0, y + more, y)  # for a wave of nobody nothing may ever have come
-
-
-def _fetch(store, onto: Float[Array, "W 3 F D"], expert_ids: Int[Array, " W"], count: Int[Array, ""], **how):
-    """The first `count` of these experts, in the first of these slots."""
-    with jax.named_scope("fetch"):
-        return fetch(store, onto, expert_ids, jnp.arange(onto.shape[0], dtype=jnp.int32), count, **how)
 
 
 def _slots_of(layer: LayerResidency, expert_ids: Int[Array, " G"]) -> Int[Array, " G"]:
