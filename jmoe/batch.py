@@ -136,8 +136,7 @@ class Batch:
             self._draft_set = self.engine.programs(Call(steps, "start", (), (self.state.experts, distances), {}))
         inputs = weights.params, weights.store, self.state, self._draft_set, distances, self.sampling
         counts = np.int32(choice.number), np.int32(num_cycles)
-        capacity = drafting.num_cycles(self.engine.runtime.decode_chunk)
-        static = {"capacity": capacity, "mode": self.mode}
+        static = {"capacity": drafting.most_cycles(self.engine.runtime.decode_chunk), "mode": self.mode}
         return Call(steps, "decode", len(self.sequences), (*inputs, *counts), static)
 
     def _cycles(self, drafting: Drafting, choice: Choice, num_cycles: int) -> Verified:
@@ -190,7 +189,7 @@ class Batch:
         chooser = drafting or self.prefetching
         choice = chooser.choose(self._num_active) if chooser else Choice(0)
         if drafting and choice.number:
-            num_steps = self._num_steps(choice, drafting.num_cycles(capacity))
+            num_steps = self._num_steps(choice, drafting.num_cycles(capacity, choice.number))
             result = self._cycles(drafting, choice, num_steps)
         else:
             num_steps = self._num_steps(choice, capacity)

@@ -37,9 +37,13 @@ class Drafting:
         if self._fixed is None:
             self._chooser.record(num_sequences, call.num_draft_tokens, call)
 
-    def num_cycles(self, decode_chunk: int) -> int:
-        """The most cycles of a call: as many as may produce `decode_chunk` tokens, and one at least."""
-        return max(1, decode_chunk // (self.steps.max_draft_tokens + 1))
+    def num_cycles(self, decode_chunk: int, number: int) -> int:
+        """The most cycles of a call that drafts so many: as may produce `decode_chunk` tokens, and one at least."""
+        return max(1, decode_chunk // (number + 1))
+
+    def most_cycles(self, decode_chunk: int) -> int:
+        """Of any call: the fewer tokens are drafted at a time, the more cycles."""
+        return self.num_cycles(decode_chunk, self._fixed.number if self._fixed else 1)
 
 
 def speculative_steps(steps: Steps, runtime: RuntimeConfig) -> SpeculativeSteps | None:

@@ -201,6 +201,20 @@ def test_auto_tries_drafts_and_changes_no_token(monkeypatch: pytest.MonkeyPatch)
     assert "cycles of 3" in text
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_call_that_drafts_fewer_at_a_time_has_more_cycles(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call may make more than decode_chunk=12 tokens of a sequence, and none makes room for fewer."""
+    made = engine(draft="auto", draft_tokens=3, expert_slots=8)
+    assert made.drafting is not None
+    choice, tried = type(made.drafting.choose(1)), []
+    monkeypatch.setattr(made.drafting, "choose", lambda count: choice(number))
+    monkeypatch.setattr(made.drafting, "record", lambda count, call: tried.append(call))
+    generation = run(made, PROMPTS[:1], requests()[:1])
+    same(generation, run(engine(), PROMPTS[:1], requests()[:1]))
+    assert [call.num_steps for call in tried[:-1]] == [12 // (number + 1)] * (len(tried) - 1)
+    assert len(tried) > 1
+
+
 # What is refused
 
 
