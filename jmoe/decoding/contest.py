@@ -29,7 +29,7 @@ SHARE = 0.01  # of the decode time, that may be lost by trying
 MARGIN = 1.02
 HOPELESS = 0.8  # of the best pace: no need of proof
 FIRST_REVIEWS, REVIEWS = 1 / 8, 1 / 32  # of the decode time, that plain steps take while another number is the best
-REVIEWS_OF_PROOF = 4  # reviews that make a proof
+CALLS_OF_PROOF = 4  # calls that make a proof, of a try or a review
 LEAST_CYCLES = 2  # of a try: the first after plain steps has the worst drafts
 OTHER_HITS = 0.1  # hit rates that differ by so much are of different times
 
@@ -140,7 +140,7 @@ class Contest:
         if self.best not in self._paces:
             return Choice(self.best)
         if self.best != 0 and self._review_at <= self.seconds:
-            return Choice(0, self._steps_of(self._proof // REVIEWS_OF_PROOF, num_sequences))
+            return Choice(0, self._few(num_sequences))
         others = [n for n in self.numbers if n not in (0, self.best) and self._waits_until[n] <= self.seconds]
         for number in sorted(others, key=lambda n: -self._expected_rate(n)):
             if cycles := self._affordable(number, num_sequences):
@@ -214,14 +214,15 @@ class Contest:
         """Cycles of a try; 0 where what it may lose is more than is left."""
         seconds, tokens = self._expected(self._paces, number)
         loss_s = seconds - tokens / self._paces[self.best].rate
-        wanted = self._steps_of(self._proof, num_sequences)
+        wanted = self._few(num_sequences)
         if loss_s <= 0:
             return wanted
         left = int((SHARE * self.seconds - self.lost_s) / loss_s)
         return min(wanted, left) if left >= LEAST_CYCLES else 0
 
-    def _steps_of(self, verifications: int, num_sequences: int) -> int:
-        return max(LEAST_CYCLES, math.ceil(verifications / num_sequences))
+    def _few(self, num_sequences: int) -> int:
+        """Steps or cycles of a call of a try, or a review."""
+        return max(LEAST_CYCLES, math.ceil(self._proof / CALLS_OF_PROOF / num_sequences))
 
     def _expected_rate(self, number: int) -> float:
         seconds, tokens = self._expected(self._paces, number)
