@@ -92,8 +92,10 @@ class Batch:
         drafting, choices = self.drafting, []
         if drafting is None or drafting.has_plain_steps:
             choices = self.prefetching.programs if self.prefetching else [Choice(0)]
-        calls = [self._prefill_call(empty), *(self._decode_call(choice, 0) for choice in choices)]
-        engine.programs.make([*calls, self._cycles_call(drafting, Choice(1), 0)] if drafting else calls)
+        cycles = [self._cycles_call(drafting, Choice(1), 0)] if drafting else []
+        engine.programs.make(
+            [*cycles, self._prefill_call(empty), *(self._decode_call(choice, 0) for choice in choices)]
+        )
         self._prefill(empty)
         if drafting:
             self._cycles(drafting, Choice(1), 0)

@@ -38,6 +38,9 @@ class Call:
     def key(self) -> Hashable:
         return self.steps, self.name, self.shape, tuple(sorted(self.static.items()))
 
+    def lower(self) -> jax.stages.Lowered:
+        return getattr(self.steps, self.name).__func__.lower(self.steps, *self.args, **self.static)
+
 
 class Programs:
     """Runs jitted steps; with a directory, by executables that lie there, or then will.
@@ -54,47 +57,62 @@ class Programs:
         """What the step returns."""
         if self._directory is None:
             return getattr(call.steps, call.name)(*call.args, **call.static)
-        self.make([call])
-        return self._made[call.key](*call.args)
+        key = call.key
+        if key not in self._made:
+            self.make([call])
+        return self._made[key](*call.args)
 
     def make(self, calls: Sequence[Call]) -> None:
-        """Loads or compiles what these calls need, side by side, and runs nothing.
+        """Loads or compiles what these calls need, side by side, and runs nothing. What takes longest should be first.
 
         Without a directory a step is compiled when it first runs.
         """
         directory, missing = self._directory, {call.key: call for call in calls if call.key not in self._made}
         if directory is None or not missing:
             return
-        with ThreadPoolExecutor(len(missing)) as threads:  # XLA compiles without Python's lock
-            made = threads.map(lambda call: self._loaded_or_compiled(directory, call), missing.values())
-            self._made |= dict(zip(missing, made, strict=True))
+        with ThreadPoolExecutor(len(missing)) as threads:
+            made = {key: threads.submit(self._begin(directory, call)) for key, call in missing.items()}
+        self._made |= {key: program.result() for key, program in made.items()}
+        _keep_newest(directory)
 
-    def _loaded_or_compiled(self, directory: Path, call: Call) -> Callable:
-        steps, name, args, static = call.steps, call.name, call.args, call.static
-        file = directory / f"{name}-{_digest(steps, name, args, static)}"
+    def _begin(self, directory: Path, call: Call) -> Callable[[], Callable]:
+        """What loads the step or compiles it.
+
+        Steps are lowered here and now, one after the other: that is Python, and so the first of them comes soonest to
+        XLA, which compiles without Python's lock.
+        """
+        file = directory / f"{call.name}-{_digest(call)}"
         if file.is_file():
-            try:
-                program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
-                os.utime(file)
-                return program
-            except Exception as error:  # whatever a damaged pickle, or XLA, may raise
-                self._announce(f"{file} cannot be used, compiling again: {type(error).__name__}: {error}")
-        program = getattr(steps, name).__func__.lower(steps, *args, **static).compile()
+            return lambda: self._loaded(file) or self._compiled(call.lower(), file)
+        lowered = call.lower()
+        return lambda: self._compiled(lowered, file)
+
+    def _loaded(self, file: Path) -> Callable | None:
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()))
+            os.utime(file)
+            return program
+        except Exception as error:  # whatever a damaged pickle, or XLA, may raise
+            self._announce(f"{file} cannot be used, compiling again: {type(error).__name__}: {error}")
+            return None
+
+    def _compiled(self, lowered: jax.stages.Lowered, file: Path) -> Callable:
+        program = lowered.compile()
+        try:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with new_file(file) as scratch:
                 scratch.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
-            _keep_newest(directory)
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-            self._announce(f"the compiled {name} is not kept in {file}: {type(error).__name__}: {error}")
+            self._announce(f"a compiled step is not kept in {file}: {type(error).__name__}: {error}")
         return program
 
 
-def _digest(steps: Any, name: str, args: tuple, static: dict) -> str:
+def _digest(call: Call) -> str:
     """Of everything that the executable depends on."""
-    leaves, tree = jax.tree.flatten(args)
+    leaves, tree = jax.tree.flatten(call.args)
     shapes = [f"{jax.typeof(leaf)} {getattr(leaf, 'sharding', None)}" for leaf in leaves]
-    parts = (*_machine(), _sources(), name, repr(steps), repr(sorted(static.items())), str(tree), *shapes)
+    static = repr(sorted(call.static.items()))
+    parts = (*_machine(), _sources(), call.name, repr(call.steps), static, str(tree), *shapes)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -117,6 +135,9 @@ def _sources() -> str:
 
 
 def _keep_newest(directory: Path) -> None:
-    files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files[MOST_FILES:]:
-        file.unlink(missing_ok=True)
+    try:
+        files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in files[MOST_FILES:]:
+            file.unlink(missing_ok=True)
+    except OSError:  # another process does the same, or nothing could be written: the next start tries again
+        return

@@ -16,7 +16,7 @@ from jmoe import programs
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
-from jmoe.programs import Programs
+from jmoe.programs import Call, Programs
 from tests import models
 from tests.models import SMALL
 
@@ -81,18 +81,24 @@ def test_another_start_compiles_no_step(
     assert len(executables.programs) == number + 2
 
 
-def test_steps_are_compiled_side_by_side(
+def test_steps_are_lowered_in_turn_and_compiled_side_by_side(
     kept: tuple[Path, tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compilation of each waits until that of the other has begun."""
-    both, compile_one = threading.Barrier(2, timeout=60), Programs._loaded_or_compiled
+    """The compilation of each waits until that of the other has begun; prefill, which takes longer, comes first."""
+    both, compile_one, lower, order = threading.Barrier(2, timeout=60), Programs._compiled, Call.lower, []
 
-    def compile_together(self, directory: Path, call: programs.Call) -> Callable:
+    def compile_together(self, lowered, file: Path) -> Callable:
         both.wait()
-        return compile_one(self, directory, call)
+        return compile_one(self, lowered, file)
 
-    monkeypatch.setattr(Programs, "_loaded_or_compiled", compile_together)
+    def lower_in_order(call: Call):
+        order.append((call.name, threading.current_thread() is threading.main_thread()))
+        return lower(call)
+
+    monkeypatch.setattr(Programs, "_compiled", compile_together)
+    monkeypatch.setattr(Call, "lower", lower_in_order)
     assert tokens(engine(tmp_path)) == kept[1]
+    assert order == [("prefill", True), ("decode", True)]
     assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["decode", "prefill"]
 
 
@@ -123,22 +129,22 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, kept: tuple[Path, tuple[
     assert sum("is not kept in" in line for line in said) == 2
 
 
+def digest(start: Engine, name: str = "decode", args: tuple = (1.0,), mode: str = "greedy") -> str:
+    return programs._digest(Call(start.steps, name, (), args, {"mode": mode}))
+
+
 def test_a_file_goes_by_all_that_may_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     start = engine(None)
-    digests = [programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"})]
-    digests.append(programs._digest(engine(None, expert_slots=5).steps, "decode", (1.0,), {"mode": "greedy"}))
-    digests.append(programs._digest(start.steps, "prefill", (1.0,), {"mode": "greedy"}))
-    digests.append(programs._digest(start.steps, "decode", (1,), {"mode": "greedy"}))
-    digests.append(programs._digest(start.steps, "decode", ((1.0,),), {"mode": "greedy"}))
-    digests.append(programs._digest(start.steps, "decode", (1.0,), {"mode": "full"}))
+    digests = [digest(start), digest(engine(None, expert_slots=5)), digest(start, "prefill")]
+    digests += [digest(start, args=(1,)), digest(start, args=((1.0,),)), digest(start, mode="full")]
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_hlo_as_text")
-        digests.append(programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"}))
+        digests.append(digest(start))
     with monkeypatch.context() as patch:
         patch.setattr(programs, "_sources", lambda: "other code")
-        digests.append(programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"}))
+        digests.append(digest(start))
     assert len(set(digests)) == len(digests)
-    assert programs._digest(start.steps, "decode", (1.0,), {"mode": "greedy"}) == digests[0]
+    assert digest(start) == digests[0]
 
 
 def test_the_newest_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
