@@ -4,6 +4,7 @@ XLA's own cache has to be asked with the lowered program, and to trace and lower
 takes longer than to compile them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -135,9 +136,7 @@ def _sources() -> str:
 
 
 def _keep_newest(directory: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # another process does the same, or nothing was written
         files = sorted(directory.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in files[MOST_FILES:]:
             file.unlink(missing_ok=True)
-    except OSError:  # another process does the same, or nothing could be written: the next start tries again
-        return
