@@ -12,15 +12,16 @@ import numpy as np
 from jmoe import prefetching
 from jmoe.clock import Clock
 from jmoe.completions import Delta
+from jmoe.decoding.compiled import Call
 from jmoe.decoding.contest import Choice
 from jmoe.decoding.emitted import Emitted, Routed
-from jmoe.decoding.sampling import NO_TOKEN, batch_sampling, sampling_mode
+from jmoe.decoding.prefill import Chunk
+from jmoe.decoding.sampling import NO_TOKEN, Mode, batch_sampling, sampling_mode
 from jmoe.decoding.speculative import Verified
-from jmoe.decoding.step import Chunk, DecodeState
+from jmoe.decoding.step import DecodeState
 from jmoe.drafting import Drafting
 from jmoe.experts.draft import DraftSet
 from jmoe.experts.residency import Counters
-from jmoe.programs import Call
 from jmoe.stats import DecodeCalls, ExpertCounts, read_counts
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Batch:
     def __init__(self, engine: "Engine", sequences, requests, state: DecodeState, clock: Clock):
         self.engine, self.sequences, self.state, self.clock = engine, sequences, state, clock
         self.sampling = batch_sampling(requests, engine.eos_ids)
-        self.mode = sampling_mode(requests)
+        self.mode: Mode = sampling_mode(requests)
         self.finished = False
         self.drafting = engine.drafting
         pays = prefetching.pays(engine.config, engine.plan, len(sequences))
@@ -93,10 +94,8 @@ class Batch:
         if drafting is None or drafting.has_plain_steps:
             choices = self.prefetching.programs if self.prefetching else [Choice(0)]
         cycles = [self._cycles_call(drafting, Choice(1), 0)] if drafting else []
-        engine.programs.make(
-            [*cycles, self._prefill_call(empty), *(self._decode_call(choice, 0) for choice in choices)]
-        )
-        self._prefill(empty)
+        with engine.programs.making([*cycles, *(self._decode_call(choice, 0) for choice in choices)]):
+            self._prefill(empty)  # its parts are small: they are made in turn, as they are called
         if drafting:
             self._cycles(drafting, Choice(1), 0)
         for choice in choices:
@@ -109,13 +108,10 @@ class Batch:
         prompts = [sequence.prompt for sequence in self.sequences]
         return prompt_chunks(prompts, self.engine.plan.prefill_chunk)
 
-    def _prefill_call(self, chunk: Chunk) -> Call:
-        weights = self.engine.weights
-        inputs = weights.params, weights.store, self.state, chunk, self.sampling
-        return Call(self.engine.steps, "prefill", chunk.token_ids.shape, inputs, {"mode": self.mode})
-
     def _prefill(self, chunk: Chunk) -> Routed | None:
-        self.state, routed = self.engine.programs(self._prefill_call(chunk))
+        engine, weights = self.engine, self.engine.weights
+        inputs = weights.params, weights.store, self.state, chunk, self.sampling
+        self.state, routed = engine.prefill.chunk(*inputs, mode=self.mode, run=engine.programs)
         return routed
 
     def _decode_call(self, choice: Choice, num_steps: int) -> Call:

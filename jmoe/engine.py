@@ -13,6 +13,7 @@ from jmoe import memory
 from jmoe.announcement import device_line, policy_line
 from jmoe.batch import prompt_chunks
 from jmoe.config import DTYPE_BYTES, ModelConfig, RuntimeConfig
+from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import DecodeState, Steps, init_state
@@ -80,7 +81,7 @@ class Engine:
         announce: Announce | None = None,
     ):
         self.config, self.runtime, self.plan, self.steps, self.weights = config, runtime, plan, steps, weights
-        self.tokenizer = tokenizer
+        self.prefill, self.tokenizer = Prefill(steps), tokenizer
         self.generation_defaults = generation_defaults or {}
         self.link_ceiling_gbps = link_ceiling_gbps
         self.fingerprint = fingerprint
@@ -233,7 +234,7 @@ class Engine:
         state = self.new_state(len(token_ids), [0] * len(token_ids))
         try:
             for chunk in prompt_chunks(token_ids, self.plan.prefill_chunk):
-                hidden, state = self.steps.prefill_hidden(params, store, state, chunk, executed)
+                hidden, state = self.prefill.hidden(params, store, state, chunk, executed, run=self.programs)
                 for at in range(0, min(hidden.shape[1], longest - start), LOGITS_POSITIONS):
                     part = hidden[:, at : at + LOGITS_POSITIONS]  # the workspace holds no more at a time
                     parts.append(np.asarray(head(start + at, part)))

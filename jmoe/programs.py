@@ -5,13 +5,12 @@ takes longer than to compile them.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import os
 import pickle
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,11 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from jmoe.decoding.compiled import Call
 from jmoe.whole_files import new_file
 from kernels_pallas import backends
 
-MOST_FILES = 64  # the oldest go; each is some megabytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """steps.name(*args, **static). `shape` stands for what may differ in the shapes of arguments of these steps."""
-
-    steps: Any
-    name: str
-    shape: Hashable
-    args: tuple
-    static: dict[str, Any]
-
-    @property
-    def key(self) -> Hashable:
-        return self.steps, self.name, self.shape, tuple(sorted(self.static.items()))
-
-    def lower(self) -> jax.stages.Lowered:
-        return getattr(self.steps, self.name).__func__.lower(self.steps, *self.args, **self.static)
+MOST_FILES = 128  # the oldest go; each is some megabytes
 
 
 class Programs:
@@ -57,22 +39,26 @@ class Programs:
     def __call__(self, call: Call) -> Any:
         """What the step returns."""
         if self._directory is None:
-            return getattr(call.steps, call.name)(*call.args, **call.static)
+            return call.run()
         key = call.key
         if key not in self._made:
-            self.make([call])
+            with self.making([call]):
+                pass  # nothing else is to be done
         return self._made[key](*call.args)
 
-    def make(self, calls: Sequence[Call]) -> None:
-        """Loads or compiles what these calls need, side by side, and runs nothing. What takes longest should be first.
+    @contextlib.contextmanager
+    def making(self, calls: Sequence[Call]) -> Iterator[None]:
+        """Loads or compiles what these calls need, side by side and beside what is done meanwhile; runs nothing.
 
-        Without a directory a step is compiled when it first runs.
+        What takes longest should be first. Without a directory a step is compiled when it first runs.
         """
         directory, missing = self._directory, {call.key: call for call in calls if call.key not in self._made}
         if directory is None or not missing:
+            yield
             return
         with ThreadPoolExecutor(len(missing)) as threads:
             made = {key: threads.submit(self._begin(directory, call)) for key, call in missing.items()}
+            yield
         self._made |= {key: program.result() for key, program in made.items()}
         _keep_newest(directory)
 

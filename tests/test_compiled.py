@@ -10,6 +10,7 @@ import pytest
 
 from jmoe.decoding import compiled
 from jmoe.decoding.compiled import StepJit
+from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import Steps
 from jmoe.experts.draft import DraftConfig
@@ -60,8 +61,10 @@ def test_steps_overlap_where_they_go_in_waves(
 ) -> None:
     layout = models.engine(expert_slots=expert_slots).plan.layout
     steps = Steps(models.SMALL, layout, resident=resident)
-    assert overlaps(Steps.prefill, steps, num_sequences) == prefills
-    assert overlaps(Steps.prefill_hidden, steps, num_sequences) == prefills
+    prefill = Prefill(steps)
+    assert overlaps(Prefill.prefill_layer, prefill, num_sequences) == prefills
+    assert overlaps(Prefill.prefill_guessed, prefill, num_sequences) == prefills
+    assert not overlaps(Prefill.prefill_end, prefill, num_sequences)
     assert overlaps(Steps.decode, steps, num_sequences) == decodes
     assert overlaps(Steps.decode_prefetching, steps, num_sequences)
     assert not overlaps(Steps.unembed, steps, num_sequences)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe.config import RuntimeConfig
+from jmoe.decoding.compiled import Call
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.step import Steps
 from jmoe.engine import Engine
@@ -265,32 +266,34 @@ def test_a_generation_that_never_began_holds_nothing(engine: Engine) -> None:
 
 
 class Interrupted:
-    """Steps during one of which somebody presses Ctrl-C: its state is consumed and nothing comes back."""
+    """Programs during one of which somebody presses Ctrl-C: its state is consumed and nothing comes back."""
 
-    def __init__(self, steps, name: str):
-        self._steps, self._name, self.calls = steps, name, 0
+    def __init__(self, programs, name: str):
+        self._programs, self._name, self.calls = programs, name, 0
 
     def __getattr__(self, name: str):
-        return self._interrupted if name == self._name else getattr(self._steps, name)
+        return getattr(self._programs, name)
 
-    def _interrupted(self, *args, **kwargs):
-        self.calls += 1
-        getattr(self._steps, self._name)(*args, **kwargs)
-        raise KeyboardInterrupt
+    def __call__(self, call: Call):
+        result = self._programs(call)
+        if call.name == self._name:
+            self.calls += 1
+            raise KeyboardInterrupt
+        return result
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode"])
+@pytest.mark.parametrize("step", ["prefill_begin", "prefill_layer", "prefill_end", "decode"])
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_an_interrupted_step_is_survived(step: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = models.engine(prefill_chunk=16)
     if is_compiled:
         tokens(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "steps", Interrupted(engine.steps, step))
+        patch.setattr(engine, "programs", Interrupted(engine.programs, step))
         generation = engine.generate(PROMPTS, GREEDY)
         with pytest.raises(KeyboardInterrupt):
             generation.results()
-        assert engine.steps.calls == 1
+        assert engine.programs.calls == 1
     assert generation.stats.decode.misses == 0
     assert tokens(engine) == expected()
 

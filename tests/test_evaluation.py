@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from jmoe import checkpoint, convert, synthetic
 from jmoe.config import RuntimeConfig
+from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.step import Steps
 from jmoe.engine import Engine, Weights
@@ -248,7 +249,7 @@ def test_few_shapes_are_compiled() -> None:
     """Whatever the lengths, one for each power of two up to the chunk; and a batch is always full."""
 
     def compiled() -> tuple[int, int]:
-        return Steps.prefill_hidden._cache_size(), Steps.token_logprobs._cache_size()
+        return Prefill.prefill_hidden._cache_size(), Steps.token_logprobs._cache_size()
 
     engine = text_engine(expert_slots=5)
     before = compiled()

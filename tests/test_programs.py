@@ -10,19 +10,22 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from jmoe import programs
 from jmoe.config import RuntimeConfig
+from jmoe.decoding.compiled import Call
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
-from jmoe.programs import Call, Programs
+from jmoe.programs import Programs
 from tests import models
 from tests.models import SMALL
 
 PROMPT = models.prompts(7)[0]
 GREEDY = SamplingParams(max_new_tokens=9)
 PLAIN = {"prefill_chunk": 16, "decode_chunk": 4}
+PARTS = ["decode", "prefill_begin", "prefill_end", "prefill_layer", "prefill_layer"]  # a layer of each kind
 
 
 def engine(directory: Path | None, say: Callable[[str], None] = lambda line: None, **runtime) -> Engine:
@@ -32,6 +35,10 @@ def engine(directory: Path | None, say: Callable[[str], None] = lambda line: Non
 
 def tokens(engine: Engine) -> tuple[int, ...]:
     return engine.generate([PROMPT], GREEDY).results()[0].token_ids
+
+
+def steps_in(directory: Path) -> list[str]:
+    return sorted(file.name.split("-")[0] for file in directory.iterdir())
 
 
 class InMemory:
@@ -67,7 +74,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, executables: InMemory) -> tup
 def test_kept_steps_say_the_same_as_those_of_no_directory(kept: tuple[Path, tuple[int, ...]]) -> None:
     directory, said = kept
     assert tokens(engine(None)) == said
-    assert sorted(file.name.split("-")[0] for file in directory.iterdir()) == ["decode", "prefill"]
+    assert steps_in(directory) == PARTS
 
 
 def test_another_start_compiles_no_step(
@@ -78,17 +85,18 @@ def test_another_start_compiles_no_step(
     assert tokens(engine(directory)) == said
     assert len(executables.programs) == number
     assert tokens(engine(directory, expert_slots=5)) == said
-    assert len(executables.programs) == number + 2
+    assert len(executables.programs) == number + len(PARTS)
 
 
-def test_steps_are_lowered_in_turn_and_compiled_side_by_side(
+def test_decode_is_compiled_while_the_parts_of_prefill_are(
     kept: tuple[Path, tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compilation of each waits until that of the other has begun; prefill, which takes longer, comes first."""
+    """Its compilation, which takes longest, waits here until that of a layer has begun, and began before."""
     both, compile_one, lower, order = threading.Barrier(2, timeout=60), Programs._compiled, Call.lower, []
 
     def compile_together(self, lowered, file: Path) -> Callable:
-        both.wait()
+        if file.name.split("-")[0] in ("decode", "prefill_begin"):
+            both.wait()
         return compile_one(self, lowered, file)
 
     def lower_in_order(call: Call):
@@ -98,8 +106,20 @@ def test_steps_are_lowered_in_turn_and_compiled_side_by_side(
     monkeypatch.setattr(Programs, "_compiled", compile_together)
     monkeypatch.setattr(Call, "lower", lower_in_order)
     assert tokens(engine(tmp_path)) == kept[1]
-    assert order == [("prefill", True), ("decode", True)]
-    assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["decode", "prefill"]
+    assert order == [(name, True) for name in ("decode", "prefill_begin", *["prefill_layer"] * 2, "prefill_end")]
+    assert steps_in(tmp_path) == PARTS
+
+
+def test_what_fails_to_compile_beside_something_else_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self, lowered, file: Path) -> Callable:
+        raise RuntimeError(f"no room to compile {file.name.split('-')[0]}")
+
+    monkeypatch.setattr(Programs, "_compiled", fail)
+    start = engine(None)
+    call = Call(start.steps, "unembed", (), (start.weights.params, jnp.zeros((1, 1, SMALL.hidden_size))), {})
+    made = Programs(tmp_path)
+    with pytest.raises(RuntimeError, match="no room to compile unembed"), made.making([call]):
+        assert not made._made
 
 
 @pytest.mark.parametrize("runtime", [{"draft": 2}, {"prefetch": "lookahead", "prefetch_experts": 1.0}], ids=str)
@@ -126,7 +146,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path, kept: tuple[Path, tuple[
     (tmp_path / "file").write_text("no directory")
     said: list[str] = []
     assert tokens(engine(tmp_path / "file", said.append)) == kept[1]
-    assert sum("is not kept in" in line for line in said) == 2
+    assert sum("is not kept in" in line for line in said) == len(PARTS)
 
 
 def digest(start: Engine, name: str = "decode", args: tuple = (1.0,), mode: str = "greedy") -> str:
@@ -135,7 +155,7 @@ def digest(start: Engine, name: str = "decode", args: tuple = (1.0,), mode: str 
 
 def test_a_file_goes_by_all_that_may_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     start = engine(None)
-    digests = [digest(start), digest(engine(None, expert_slots=5)), digest(start, "prefill")]
+    digests = [digest(start), digest(engine(None, expert_slots=5)), digest(start, "unembed")]
     digests += [digest(start, args=(1,)), digest(start, args=((1.0,),)), digest(start, mode="full")]
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_hlo_as_text")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jmoe.batch import prompt_chunks
+from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.sampling import SamplingParams, batch_sampling
 from jmoe.decoding.step import Steps, init_state
@@ -178,7 +179,7 @@ def test_a_rolled_back_kv_equals_one_never_written() -> None:
 
     def feed(state, ids):
         for chunk in prompt_chunks([ids], 64):
-            hidden, state = steps.prefill_hidden(weights.params, weights.store, state, chunk)
+            hidden, state = Prefill(steps).hidden(weights.params, weights.store, state, chunk)
         return np.asarray(steps.unembed(weights.params, hidden))[0, : len(ids)], state
 
     first, rejected, second = PROMPTS[1], models.prompts(9, seed=3)[0], models.prompts(7, seed=4)[0]
@@ -198,9 +199,12 @@ def test_a_rolled_back_kv_equals_one_never_written() -> None:
 
 
 def test_decode_compiles_once_per_shape() -> None:
-    """Other prompts, seeds, temperatures, lengths and chunk lengths compile nothing; another batch size does, once."""
-    engine = models.engine(batch_size=2, decode_chunk=5, staging_slots=5)  # as no other test here has: nothing is there
-    decode, prefill = type(engine.steps).decode, type(engine.steps).prefill
+    """Other prompts, seeds, temperatures, lengths and chunk lengths compile nothing; another batch size does, once.
+
+    Of prefill that is a layer of each kind, with experts and without.
+    """
+    engine = models.engine(batch_size=2, decode_chunk=5, expert_slots=7, staging_slots=1)  # as no other test here has
+    decode, prefill = Steps.decode, Prefill.prefill_layer
 
     def compiled() -> tuple[int, int]:
         return decode._cache_size(), prefill._cache_size()
@@ -212,10 +216,10 @@ def test_decode_compiles_once_per_shape() -> None:
 
     start = compiled()
     run(2, 0, 0.7)
-    assert compiled() == (start[0] + 1, start[1] + 1)
+    assert compiled() == (start[0] + 1, start[1] + 2)
     for seed in range(1, 5):
         run(2, seed, 0.5 + seed / 10)
-    assert compiled() == (start[0] + 1, start[1] + 1)
+    assert compiled() == (start[0] + 1, start[1] + 2)
     for seed in range(2):
         run(1, seed, 1.0)
-    assert compiled() == (start[0] + 2, start[1] + 2)
+    assert compiled() == (start[0] + 2, start[1] + 4)

@@ -63,7 +63,7 @@ class Run:
         sampling, mode = batch_sampling(params, eos), sampling_mode(params)
         state = made.new_state(len(prompts), budgets or [p.max_new_tokens for p in params])
         for chunk in prompt_chunks(prompts, made.plan.prefill_chunk):
-            state, _ = made.steps.prefill(made.weights.params, made.weights.store, state, chunk, sampling, mode=mode)
+            state, _ = made.prefill.chunk(made.weights.params, made.weights.store, state, chunk, sampling, mode=mode)
         return cls(made, state, sampling, mode)
 
     def plain(self, num_steps: int = NEW) -> list[list[int]]:

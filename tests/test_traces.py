@@ -15,6 +15,8 @@ from hypothesis import given, settings
 
 from jmoe import routing_stats
 from jmoe.batch import prompt_chunks
+from jmoe.decoding.compiled import Call
+from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.resident import forward_routed
 from jmoe.decoding.sampling import SamplingParams, batch_sampling
 from jmoe.decoding.step import Steps
@@ -108,11 +110,11 @@ def test_needed_adds_up_to_what_the_engine_counted(batch_size: int, expert_slots
 
 def test_recording_changes_no_token_and_compiles_no_more() -> None:
     assert tokens(generated(3, 4, record=False)) == tokens(generated(3, 2)) == tokens(generated(1, 3))
-    sizes = Steps.decode._cache_size(), Steps.prefill._cache_size()
+    sizes = Steps.decode._cache_size(), Prefill.prefill_layer._cache_size()
     for seed in range(2):
         other = models.prompts(20 + seed, 9, 3, seed=seed)
         engine(3, 2, True).generate(other, SamplingParams(max_new_tokens=4 + seed)).results()
-    assert (Steps.decode._cache_size(), Steps.prefill._cache_size()) == sizes
+    assert (Steps.decode._cache_size(), Prefill.prefill_layer._cache_size()) == sizes
 
 
 def test_it_does_not_matter_how_many_steps_a_call_takes() -> None:
@@ -143,19 +145,28 @@ def test_without_recording_there_is_no_trace_and_nothing_to_copy() -> None:
 
 
 def jaxprs(*, record: bool) -> list:
-    """Of prefill and decode, for a batch of 3."""
+    """Of what routes in prefill (a layer, and its end) and of decode, for a batch of 3."""
     runner = engine(3, 4, False)
     steps, weights = dataclasses.replace(runner.steps, record=record), runner.weights
     state = runner.new_state(3, [4] * 3)
     chunk = next(prompt_chunks(PROMPTS, 16))
     sampling = batch_sampling(REQUESTS, ())
-    given = steps, weights.params, weights.store, state
-    made = [
-        Steps.prefill.trace(*given, chunk, sampling, mode="greedy").jaxpr,
-        Steps.decode.trace(*given, sampling, jnp.asarray(2), capacity=5, mode="greedy").jaxpr,
-    ]
+    given = weights.params, weights.store, state
+    calls = [Call(steps, "decode", 3, (*given, sampling, jnp.asarray(2)), {"capacity": 5, "mode": "greedy"})]
+    made = {call.name: traced(call) for call in calls}
+
+    def run(call: Call):
+        if call.name == "prefill_end" or (call.name == "prefill_layer" and call.name not in made):  # the first layer
+            made[call.name] = traced(call)
+        return call.run()
+
+    state, _ = Prefill(steps).chunk(*given, chunk, sampling, mode="greedy", run=run)
     runner.give_back(state)
-    return made
+    return [made[name] for name in ("prefill_layer", "prefill_end", "decode")]
+
+
+def traced(call: Call):
+    return getattr(call.steps, call.name).__func__.trace(call.steps, *call.args, **call.static).jaxpr
 
 
 # What can be made of a trace

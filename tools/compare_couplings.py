@@ -158,7 +158,7 @@ class Measurement:
         weights = engine.weights
         state = engine.new_state(len(self.prompts), [self.options.new_tokens] * len(self.prompts))
         for chunk in prompt_chunks(self.prompts, engine.plan.prefill_chunk):
-            _, state = engine.steps.prefill_hidden(weights.params, weights.store, state, chunk)
+            _, state = engine.prefill.hidden(weights.params, weights.store, state, chunk)
         draft_set = steps.start(state.experts)
         width = count + 1
         cycles = range(0, self.tokens.shape[1] - width + 1, width)

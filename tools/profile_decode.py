@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ import jax.numpy as jnp
 from jmoe import memory
 from jmoe.batch import prompt_chunks
 from jmoe.config import ModelConfig, RuntimeConfig
-from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
+from jmoe.decoding.compiled import Call
+from jmoe.decoding.prefill import Chunk
+from jmoe.decoding.sampling import Mode, Sampling, SamplingParams, batch_sampling, sampling_mode
+from jmoe.decoding.step import DecodeState
 from jmoe.engine import Engine
 from jmoe.generation import Generation
 from tools.command import exit_code
@@ -149,14 +152,29 @@ def compiled_text(engine: Engine, *, prefill: bool) -> str:
     static = {"capacity": engine.runtime.decode_chunk, "mode": mode}
     if prefill:
         chunk = next(prompt_chunks([[0] * engine.plan.prefill_chunk] * batch, engine.plan.prefill_chunk))
-        lowered = engine.steps.prefill.lower(*inputs, chunk, sampling, mode=mode)
-    elif engine.prefetching:
+        return _compiled_prefill(engine, state, chunk, sampling, mode)
+    if engine.prefetching:
         ahead, most = (engine.predictor, one), engine.prefetching.num_experts
         lowered = engine.steps.decode_prefetching.lower(*inputs, sampling, one, *ahead, prefetch_experts=most, **static)
     else:
         lowered = engine.steps.decode.lower(*inputs, sampling, one, **static)
     engine.give_back(state)
     return lowered.compile().as_text() or ""
+
+
+def _compiled_prefill(engine: Engine, state: DecodeState, chunk: Chunk, sampling: Sampling, mode: Mode) -> str:
+    """The programs of a chunk, that of the layers last: its names count where two have the same."""
+    texts: dict[tuple[bool, Hashable], str] = {}
+
+    def run(call: Call):
+        if (kind := (call.name == "prefill_layer", call.key)) not in texts:
+            texts[kind] = call.lower().compile().as_text() or ""
+        return call.run()
+
+    weights = engine.weights
+    state, _ = engine.prefill.chunk(weights.params, weights.store, state, chunk, sampling, mode=mode, run=run)
+    engine.give_back(state)
+    return "\n".join(texts[kind] for kind in sorted(texts, key=lambda kind: kind[0]))
 
 
 def scopes(text: str) -> dict[str, str]:

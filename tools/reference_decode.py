@@ -11,6 +11,7 @@ from jaxtyping import Int
 from jmoe import memory
 from jmoe.batch import prompt_chunks
 from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.sampling import Mode, Sampling, SamplingParams, batch_sampling, sampling_mode
 from jmoe.decoding.step import DecodeState, Steps, init_state
 from jmoe.engine import Weights, plan_for
@@ -40,8 +41,9 @@ def reference_row(
         budget = [each.max_new_tokens for each in params]
         state = init_state(config, len(batch), plan.max_seq_len, budget, no_slots)
         start = time.perf_counter()
+        prefill = Prefill(steps)
         for chunk in prompt_chunks(batch.tolist(), plan.prefill_chunk):
-            state, _ = steps.prefill(weights.params, store, state, chunk, sampling, mode=mode)
+            state, _ = prefill.chunk(weights.params, store, state, chunk, sampling, mode=mode)
         np.asarray(state.last_tokens)
         ttft.append(time.perf_counter() - start)
         timed = _calls(steps, weights, store, state, sampling, mode, runtime.decode_chunk, max(budget) - 1)

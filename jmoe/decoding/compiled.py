@@ -1,8 +1,9 @@
-"""How the jitted steps are compiled."""
+"""How the jitted steps are compiled and called."""
 
+import dataclasses
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class StepJit:
         **jit_options: Any,
     ):
         jit_options["static_argnames"] = ("self", *jit_options.get("static_argnames", ()))
-        self._overlaps = overlaps
+        self._overlaps, self._repeats = overlaps, repeats
         self._programs: dict[tuple[bool, bool], Any] = {
             (profiled, overlapping): jax.jit(
                 fun, compiler_options=_options(profiled, overlapping, repeats), **jit_options
@@ -64,8 +65,31 @@ class StepJit:
         return self._programs[steps.profiled, self._overlaps(steps, *args)]
 
     def _cache_size(self) -> int:
-        """How many programs were compiled, as `jax.jit` says it."""
-        return sum(program._cache_size() for program in self._programs.values())
+        """How many programs were compiled, as `jax.jit` says it: of equal options these are the same."""
+        distinct = {str(_options(*kind, self._repeats)): program for kind, program in self._programs.items()}
+        return sum(program._cache_size() for program in distinct.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """steps.name(*args, **static). `shape` stands for what may differ in the shapes of arguments of these steps."""
+
+    steps: Any
+    name: str
+    shape: Hashable
+    args: tuple
+    static: dict[str, Any]
+
+    @property
+    def key(self) -> Hashable:
+        return self.steps, self.name, self.shape, tuple(sorted(self.static.items()))
+
+    def run(self) -> Any:
+        """What the step returns."""
+        return getattr(self.steps, self.name)(*self.args, **self.static)
+
+    def lower(self) -> jax.stages.Lowered:
+        return getattr(self.steps, self.name).__func__.lower(self.steps, *self.args, **self.static)
 
 
 def _options(profiled: bool, overlapping: bool, repeats: bool) -> dict[str, Any]:

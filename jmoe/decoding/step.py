@@ -1,4 +1,4 @@
-"""The jitted steps: a chunk of prefill, and up to n tokens of decode. From token ids to token ids, state donated."""
+"""The jitted step of decoding, up to n tokens a call: from token ids to token ids, all of it one program."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
 from jmoe.decoding.compiled import StepJit
-from jmoe.decoding.emitted import Emitted, Routed, emit, nothing_emitted, routed_in
+from jmoe.decoding.emitted import Emitted, Routed, emit, nothing_emitted
 from jmoe.decoding.sampling import Mode, Sampling, sample, token_logprobs
 from jmoe.experts.execute_guess import ExecutedGuess, GuessedRouting
 from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
@@ -60,24 +60,6 @@ def init_state(
     return jax.device_put(state, jax.devices()[0])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """The next tokens of each prompt, [B, T]; the first `num_valid` of a row are tokens.
-
-    `is_last` marks the prompts that end in this chunk, `prompt_lengths` is their whole length.
-    """
-
-    token_ids: Int[Array, "B T"]
-    num_valid: Int[Array, " B"]
-    is_last: Bool[Array, " B"]
-    prompt_lengths: Int[Array, " B"]
-
-
-def _prefills_in_waves(steps: "Steps", *_: Any) -> bool:
-    return not (steps.resident or steps.layout.all_resident)
-
-
 def _decodes_in_waves(steps: "Steps", params, store: ExpertStore, state: DecodeState, *_: Any) -> bool:
     return steps.in_waves(state.last_tokens.size)
 
@@ -105,9 +87,10 @@ class Steps:
         """The model with these parameters."""
         return build_decoder(self.config, params, self.implementation)
 
-    def _experts(
-        self, store: ExpertStore, slots: ExpertSlots, *, admits: bool, prefetch: Prefetch | None
+    def experts(
+        self, store: ExpertStore, slots: ExpertSlots, *, admits: bool, prefetch: Prefetch | None = None
     ) -> ResidentExperts | OffloadedExperts:
+        """What the layers of a step multiply with."""
         if self.resident:
             return ResidentExperts(store.layers, slots, self.implementation)
         return OffloadedExperts(store, slots, self.layout, admits, self.implementation, self.policy, prefetch)
@@ -128,7 +111,7 @@ class Steps:
         """Hidden states, the state after, and what the step's layers computed (their routing, or what was guessed with
         `executed`) and had early.
         """
-        experts = self._experts(store, state.experts, admits=admits, prefetch=prefetch)
+        experts = self.experts(store, state.experts, admits=admits, prefetch=prefetch)
         moe, start = Observed(experts), (experts.start(), ())
         inputs = token_ids, valid, rope_lengths, state.cache
         if executed is None:
@@ -139,34 +122,6 @@ class Steps:
         state = dataclasses.replace(state, cache=cache, experts=experts.finish(carry))
         return hidden, state, routings, experts.prefetched(carry)
 
-    @functools.partial(
-        StepJit, static_argnames=("mode",), donate_argnames=("state",), overlaps=_prefills_in_waves, repeats=False
-    )
-    def prefill(
-        self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, sampling: Sampling, *, mode: Mode
-    ) -> tuple[DecodeState, Routed | None]:
-        """Takes in one chunk of every prompt; a prompt that ends in it gets its first token sampled."""
-        with jax.named_scope("prefill"):
-            hidden, state, routings, _ = self._prefill_chunk(params, store, state, chunk)
-            at = jnp.maximum(chunk.num_valid - 1, 0)[:, None, None]
-            last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]  # [B, D]
-            logits = self.decoder(params).unembed(last)
-            with jax.named_scope("sample"):
-                tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
-        state = self._advance(state, chunk.is_last, tokens, logprobs, sampling)
-        return state, routed_in(routings, chunk.num_valid.size) if self.record else None
-
-    @functools.partial(StepJit, donate_argnames=("state",), overlaps=_prefills_in_waves, repeats=False)
-    def prefill_hidden(
-        self, params, store: ExpertStore, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None
-    ) -> tuple[Float[Array, "B T D"], DecodeState]:
-        """As `prefill`, but returns the hidden states of the whole chunk and samples nothing.
-
-        With `executed` they are those that decoding the chunk with these guesses would give.
-        """
-        hidden, state, *_ = self._prefill_chunk(params, store, state, chunk, executed)
-        return hidden, state
-
     @StepJit
     def unembed(self, params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits of hidden states."""
@@ -176,11 +131,6 @@ class Steps:
     def token_logprobs(self, params, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Natural log-probability of each target after its hidden state, float32: log_softmax(logits)[targets]."""
         return token_logprobs(self.decoder(params).unembed(hidden), targets)
-
-    def _prefill_chunk(self, params, store, state: DecodeState, chunk: Chunk, executed: ExecutedGuess | None = None):
-        valid = jnp.arange(chunk.token_ids.shape[1])[None, :] < chunk.num_valid[:, None]
-        inputs = self.decoder(params), store, state, chunk.token_ids, valid, chunk.prompt_lengths
-        return self.forward(*inputs, admits=False, executed=executed)
 
     @functools.partial(
         StepJit, static_argnames=("capacity", "mode"), donate_argnames=("state",), overlaps=_decodes_in_waves
@@ -278,10 +228,10 @@ class Steps:
         logits = decoder.unembed(hidden[:, 0])
         with jax.named_scope("sample"):
             tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
-        return self._advance(state, active, tokens, logprobs, sampling), routings, counts
+        return self.advance(state, active, tokens, logprobs, sampling), routings, counts
 
     @staticmethod
-    def _advance(state: DecodeState, produced: Bool[Array, " B"], tokens, logprobs, sampling: Sampling) -> DecodeState:
+    def advance(state: DecodeState, produced: Bool[Array, " B"], tokens, logprobs, sampling: Sampling) -> DecodeState:
         """Takes the new tokens of the sequences that produced one; an end of sequence or of the budget ends those."""
         budget = state.budget - produced
         ended = jnp.any(tokens[:, None] == sampling.eos_ids, axis=1) | (budget <= 0)

@@ -1,13 +1,14 @@
 """The decoder. Its mixture-of-experts layers get what they multiply with from the caller: see `MoE`."""
 
 import contextlib
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import ModelConfig
 from jmoe.model.attention import Attention
@@ -34,6 +35,24 @@ class MoE(Protocol):
         return carry
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where the tokens of a step go: their positions, the rotation there, and which of them are tokens at all."""
+
+    positions: Int[Array, "B T"]
+    angles: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+    valid: Bool[Array, "B T"]
+
+    @classmethod
+    def after(
+        cls, lengths: Int[Array, " B"], valid: Bool[Array, "B T"], rope_lengths: Int[Array, " B"], config: ModelConfig
+    ) -> "Placed":
+        """Of tokens that follow as many as `lengths`."""
+        positions = lengths[:, None] + jnp.arange(valid.shape[1])[None, :]
+        return cls(positions, rope_angles(config, positions, rope_lengths), valid)
+
+
 class DecoderLayer(nnx.Module):
     """Pre-norm attention, then either a router (whose experts live elsewhere) or a dense MLP."""
 
@@ -47,14 +66,61 @@ class DecoderLayer(nnx.Module):
             None if is_moe else DenseMLP(config.hidden_size, config.intermediate_size, dtype=config.dtype, rngs=rngs)
         )
 
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        added: Float[Array, "B T D"] | None,
+        placed: Placed,
+        cache: KVCache,
+        layer: int,
+        moe: MoE | None,
+        moe_layer: int,
+        carry: Any,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], KVCache, Any]:
+        """(the residual stream x + added after attention, what is to be added to it, the cache, the carry).
+
+        `layer` is the layer's number in the cache, `moe_layer` its number in `moe`, which a dense layer does not need.
+        What a layer adds is left to the next one's projection.
+        """
+        with jax.named_scope("attention"):
+            at = cache, layer, placed.angles, placed.positions, placed.valid
+            x, cache = self.attention(x, self.input_norm, *at, added)
+        added, carry = self._feed_forward(x, placed.valid, moe, moe_layer, carry)
+        return x, added, cache, carry
+
+    def _feed_forward(self, x: Float[Array, "B T D"], valid, moe: MoE | None, moe_layer: int, carry: Any):
+        """What is added to the residual stream x."""
+        if self.mlp is not None:
+            with jax.named_scope("mlp"):
+                return self.mlp(self.post_attention_norm(x)), carry
+        assert self.router is not None  # a layer has one or the other
+        assert moe is not None
+        with jax.named_scope("router"):
+            routing, rows = self.router.after_norm(x, self.post_attention_norm, valid)  # rows [B*T, D]
+        with jax.named_scope("prefetch"):
+            carry = moe.look_ahead(moe_layer, x.reshape(rows.shape), routing, carry)
+        y, carry = moe(moe_layer, rows, routing, carry)
+        return y.reshape(x.shape), carry
+
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states, layer by layer; `implementation` is that of all kernels of the trunk."""
+    """Token ids to hidden states, layer by layer; `implementation` is that of all kernels of the trunk.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
+    Without `with_layers` it is what comes before the layers and after them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        implementation: str | None = "reference",
+        with_layers: bool = True,
+    ):
+        num_layers = config.num_hidden_layers if with_layers else 0
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List(
-            [DecoderLayer(config, n, rngs=rngs, implementation=implementation) for n in range(config.num_hidden_layers)]
+            [DecoderLayer(config, n, rngs=rngs, implementation=implementation) for n in range(num_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         tied = config.tie_word_embeddings
@@ -78,32 +144,17 @@ class Decoder(nnx.Module):
             return self._forward(token_ids, valid, rope_lengths, cache, moe, carry)
 
     def _forward(self, token_ids, valid, rope_lengths, cache: KVCache, moe: MoE, carry: Any):
-        positions = cache.lengths[:, None] + jnp.arange(token_ids.shape[1])[None, :]
-        angles = rope_angles(self.config, positions, rope_lengths)
-        x, added = self.embed(token_ids), None  # [B, T, D]; a layer leaves what it adds to the next one's projection
+        placed = Placed.after(cache.lengths, valid, rope_lengths, self.config)
+        x, added = self.embed(token_ids), None  # [B, T, D]
+        numbers = {layer: number for number, layer in enumerate(self.config.moe_layers)}
         for n, layer in enumerate(self.layers):
-            with jax.named_scope("attention"):
-                x, cache = layer.attention(x, layer.input_norm, cache, n, angles, positions, valid, added)
-            added, carry = self._feed_forward(n, x, valid, moe, carry)
-        assert added is not None  # there are layers
-        x = x + added
-        lengths = cache.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
-        return self.norm(x), KVCache(cache.keys, cache.values, lengths), carry
+            x, added, cache, carry = layer(x, added, placed, cache, n, moe, numbers.get(n, -1), carry)
+        return self.finish(x, added), cache.advanced(valid), carry
 
-    def _feed_forward(self, n: int, x: Float[Array, "B T D"], valid, moe: MoE, carry: Any):
-        """What is added to the residual stream x."""
-        layer = self.layers[n]
-        if layer.mlp is not None:
-            with jax.named_scope("mlp"):
-                return layer.mlp(layer.post_attention_norm(x)), carry
-        moe_layer = self.config.moe_layers.index(n)
-        assert layer.router is not None  # a layer has one or the other
-        with jax.named_scope("router"):
-            routing, rows = layer.router.after_norm(x, layer.post_attention_norm, valid)  # rows [B*T, D]
-        with jax.named_scope("prefetch"):
-            carry = moe.look_ahead(moe_layer, x.reshape(rows.shape), routing, carry)
-        y, carry = moe(moe_layer, rows, routing, carry)
-        return y.reshape(x.shape), carry
+    def finish(self, x: Float[Array, "B T D"], added: Float[Array, "B T D"] | None) -> Float[Array, "B T D"]:
+        """Hidden states from what the last layer leaves."""
+        assert added is not None  # there are layers
+        return self.norm(x + added)
 
     def unembed(self, x: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
         """Logits, float32."""
@@ -118,7 +169,7 @@ def exact(dtype: str):
 
 
 def build_decoder(
-    config: ModelConfig, params: Mapping[str, Array], implementation: str | None = "reference"
+    config: ModelConfig, params: Mapping[str, Array], implementation: str | None = "reference", with_layers: bool = True
 ) -> Decoder:
     """The decoder with these parameters, by flat path ("layers/0/attention/o_proj/kernel").
 
@@ -127,13 +178,33 @@ def build_decoder(
 
     Raises RuntimeError unless they are exactly the decoder's.
     """
-    graph, state = nnx.split(
-        nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), implementation=implementation)), nnx.Param
-    )
+    how = {"implementation": implementation, "with_layers": with_layers}
+    return _built(lambda rngs: Decoder(config, rngs=rngs, **how), params)
+
+
+def build_layer(
+    config: ModelConfig, layer: int, params: Mapping[str, Array], implementation: str | None = "reference"
+) -> DecoderLayer:
+    """One layer, with its parameters by their path within it ("attention/o_proj/kernel"). As `build_decoder`."""
+    return _built(lambda rngs: DecoderLayer(config, layer, rngs=rngs, implementation=implementation), params)
+
+
+def _built[M: nnx.Module](make: Callable[[nnx.Rngs], M], params: Mapping[str, Array]) -> M:
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
     leaves = nnx.to_flat_state(state)
     if differing := {_name(path) for path, _ in leaves} ^ set(params):
         raise RuntimeError(f"trunk parameters that are missing or not the model's: {sorted(differing)[:10]}")
     return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(params[_name(path)])) for path, leaf in leaves]))
+
+
+def params_of_layers(params: Mapping[str, Array], num_layers: int) -> tuple[list[dict[str, Array]], dict[str, Array]]:
+    """A decoder's parameters as those of each layer, as `build_layer` takes them, and all others."""
+    of_layers, others = [{} for _ in range(num_layers)], {}
+    for path, array in params.items():
+        top, _, rest = path.partition("/")
+        number, _, name = rest.partition("/")
+        (of_layers[int(number)] if top == "layers" else others)[name if top == "layers" else path] = array
+    return of_layers, others
 
 
 def _name(path: tuple) -> str:

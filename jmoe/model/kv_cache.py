@@ -5,7 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.config import DTYPE_BYTES, ModelConfig
 from kernels_pallas.decode_attention.reference import write
@@ -26,6 +26,10 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[1]
+
+    def advanced(self, valid: Bool[Array, "B T"]) -> "KVCache":
+        """With the valid ones of a step's tokens, which all layers have."""
+        return dataclasses.replace(self, lengths=self.lengths + jnp.sum(valid, axis=1, dtype=jnp.int32))
 
 
 def kv_shape(config: ModelConfig, batch_size: int, max_seq_len: int) -> tuple[int, int, int, int]:

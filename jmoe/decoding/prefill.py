@@ -1,0 +1,260 @@
+"""Prefill: a chunk of every prompt, a layer at a time. One jitted layer, called for each.
+
+A decode step is one program of all layers, since between two layers there is no time for the host. A chunk has so many
+tokens that the host is soon far ahead of the device; and a program of all layers would take as long to compile as the
+model is deep, anew for each length of a chunk.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jmoe.decoding.compiled import Call, StepJit
+from jmoe.decoding.emitted import Routed, routed_in
+from jmoe.decoding.sampling import Mode, Sampling, sample
+from jmoe.decoding.step import DecodeState, Steps
+from jmoe.experts.execute_guess import ExecutedGuess
+from jmoe.experts.layer import Observed
+from jmoe.experts.residency import Counters, LayerResidency, Residency, init_counters
+from jmoe.experts.slots import ExpertSlots
+from jmoe.experts.store import ExpertStore
+from jmoe.model.decoder import Decoder, Placed, build_decoder, build_layer, exact, params_of_layers
+from jmoe.model.kv_cache import KVCache
+
+Params = Mapping[str, Array]
+Run = Callable[[Call], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The next tokens of each prompt, [B, T]; the first `num_valid` of a row are tokens.
+
+    `is_last` marks the prompts that end in this chunk, `prompt_lengths` is their whole length.
+    """
+
+    token_ids: Int[Array, "B T"]
+    num_valid: Int[Array, " B"]
+    is_last: Bool[Array, " B"]
+    prompt_lengths: Int[Array, " B"]
+
+    @property
+    def valid(self) -> Bool[Array, "B T"]:
+        return jnp.arange(self.token_ids.shape[1])[None, :] < self.num_valid[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What a layer reads and leaves as it is; one that is no mixture of experts has parameters alone."""
+
+    params: dict[str, Array]
+    weights: Float[Array, "E 3 F D"] | None
+    slots: Float[Array, "S 3 F D"] | None
+    residency: LayerResidency | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What goes from layer to layer, donated to each: the residual stream x, what is to be added to it, and staging."""
+
+    x: Float[Array, "B T D"]
+    added: Float[Array, "B T D"]
+    staging: tuple[Float[Array, "W 3 F D"], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """How a model takes in prompts: static and quickly hashed, as `Steps`. Nothing is admitted, see `OffloadedExperts`.
+
+    `run` of `chunk` and `hidden` makes the calls of the jitted parts.
+    """
+
+    steps: Steps
+
+    @property
+    def profiled(self) -> bool:
+        return self.steps.profiled
+
+    def in_waves(self, *_: Any) -> bool:
+        return not (self.steps.resident or self.steps.layout.all_resident)
+
+    def chunk(
+        self,
+        params: Params,
+        store: ExpertStore,
+        state: DecodeState,
+        chunk: Chunk,
+        sampling: Sampling,
+        *,
+        mode: Mode,
+        run: Run = Call.run,
+    ) -> tuple[DecodeState, Routed | None]:
+        """Takes in one chunk of every prompt; a prompt that ends in it gets its first token sampled.
+
+        Also what was routed, if the steps record. `state` is donated.
+        """
+        ends, state, inputs, routed = self._through_layers(params, store, state, chunk, run)
+        args = ends, state, *inputs, routed, chunk.is_last, sampling
+        return run(Call(self, "prefill_end", chunk.token_ids.shape, args, {"mode": mode}))
+
+    def hidden(
+        self,
+        params: Params,
+        store: ExpertStore,
+        state: DecodeState,
+        chunk: Chunk,
+        executed: ExecutedGuess | None = None,
+        *,
+        run: Run = Call.run,
+    ) -> tuple[Float[Array, "B T D"], DecodeState]:
+        """As `chunk`, but returns the hidden states of the whole chunk and samples nothing.
+
+        With `executed` they are those that decoding the chunk with these guesses would give.
+        """
+        shape = chunk.token_ids.shape
+        if executed is not None:
+            return run(Call(self, "prefill_guessed", shape, (params, store, state, chunk, executed), {}))
+        ends, state, inputs, _ = self._through_layers(params, store, state, chunk, run)
+        return run(Call(self, "prefill_hidden", shape, (ends, state, *inputs), {}))
+
+    def _through_layers(self, params: Params, store: ExpertStore, state: DecodeState, chunk: Chunk, run: Run):
+        """The parameters around the layers; the state with all that layers change; x, what is to be added to it, where
+        the tokens lie and what was counted, as `prefill_end` takes them; what was routed."""
+        of_layers, ends = params_of_layers(params, self.steps.config.num_hidden_layers)
+        shape, cache, experts = chunk.token_ids.shape, state.cache, state.experts
+        x, added, placed = run(Call(self, "prefill_begin", shape, (ends, cache.lengths, chunk), {}))
+        flow, kv, seen = Flow(x, added, experts.staging), [], []
+        for n, inputs in enumerate(self._inputs(of_layers, store, experts)):
+            args = inputs, (cache.keys[n], cache.values[n]), flow, placed
+            is_moe = inputs.weights is not None
+            new, flow, *each = run(Call(self, "prefill_layer", (shape, is_moe), args, {}))
+            kv.append(new)
+            seen.append(each)
+        keys, values = zip(*kv, strict=True)
+        counters, routed = ([each for each in part if each is not None] for part in zip(*seen, strict=True))
+        cache = KVCache(keys, values, cache.lengths)
+        state = dataclasses.replace(state, cache=cache, experts=dataclasses.replace(experts, staging=flow.staging))
+        return ends, state, (flow.x, flow.added, placed, counters), routed
+
+    def _inputs(self, of_layers: list[dict[str, Array]], store: ExpertStore, experts: ExpertSlots) -> list[LayerInputs]:
+        numbers = {layer: number for number, layer in enumerate(self.steps.config.moe_layers)}
+
+        def inputs(layer: int) -> LayerInputs:
+            if layer not in numbers:
+                return LayerInputs(of_layers[layer], None, None, None)
+            n = numbers[layer]
+            slots = experts.layers[n] if experts.layers else None  # the reference has none
+            return LayerInputs(of_layers[layer], store.layers[n], slots, experts.residency.layers[n])
+
+        return [inputs(layer) for layer in range(len(of_layers))]
+
+    @functools.partial(StepJit, repeats=False)
+    def prefill_begin(
+        self, params: Params, lengths: Int[Array, " B"], chunk: Chunk
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Placed]:
+        """The chunk's embeddings, to which nothing is yet to be added, and where its tokens lie behind `lengths`."""
+        with jax.named_scope("prefill"), exact(self.steps.config.dtype):
+            placed = Placed.after(lengths, chunk.valid, chunk.prompt_lengths, self.steps.config)
+            x = self._ends(params).embed(chunk.token_ids)
+            return x, jnp.zeros_like(x), placed
+
+    @functools.partial(StepJit, donate_argnames=("kv", "flow"), overlaps=in_waves, repeats=False)
+    def prefill_layer(
+        self, inputs: LayerInputs, kv: tuple[Array, Array], flow: Flow, placed: Placed
+    ) -> tuple[tuple[Array, Array], Flow, Counters | None, Routed | None]:
+        """One layer: its keys and values [B, S, K, H], what goes to the next one, what it asked for and routed."""
+        steps, config, is_moe = self.steps, self.steps.config, inputs.weights is not None
+        number = next(n for n in range(config.num_hidden_layers) if (n in config.moe_layers) == is_moe)
+        layer = build_layer(config, number, inputs.params, steps.implementation)
+        cache = KVCache((kv[0],), (kv[1],), placed.positions[:, 0])
+        experts = self._experts(inputs, flow) if is_moe else None
+        moe, start = (Observed(experts), (experts.start(), ())) if experts else (None, None)
+        with jax.named_scope("prefill"), exact(config.dtype):
+            x, added, cache, carry = layer(flow.x, flow.added, placed, cache, 0, moe, 0, start)
+        kv = cache.keys[0], cache.values[0]
+        if experts is None:
+            return kv, Flow(x, added, flow.staging), None, None
+        carry, routings = carry
+        after = experts.finish(carry)
+        routed = routed_in(routings, x.shape[0]) if steps.record else None
+        return kv, Flow(x, added, after.staging), after.residency.prefill, routed
+
+    def _experts(self, inputs: LayerInputs, flow: Flow):
+        """Those of a model of this layer alone."""
+        one = dataclasses.replace(self.steps, layout=dataclasses.replace(self.steps.layout, num_layers=1))
+        assert inputs.weights is not None  # it is a mixture of experts
+        assert inputs.residency is not None
+        residency = Residency((inputs.residency,), {}, jnp.zeros((), jnp.int32), init_counters(1), init_counters(1))
+        slots = ExpertSlots(() if inputs.slots is None else (inputs.slots,), flow.staging, residency)
+        return one.experts(ExpertStore((inputs.weights,)), slots, admits=False)
+
+    @functools.partial(StepJit, static_argnames=("mode",), donate_argnames=("state",), repeats=False)
+    def prefill_end(
+        self,
+        params: Params,
+        state: DecodeState,
+        x: Float[Array, "B T D"],
+        added: Float[Array, "B T D"],
+        placed: Placed,
+        counters: list[Counters],
+        routed: list[Routed],
+        is_last: Bool[Array, " B"],
+        sampling: Sampling,
+        *,
+        mode: Mode,
+    ) -> tuple[DecodeState, Routed | None]:
+        """The tokens of those prompts that end, from what the last layer left."""
+        state, ends = _counted(state, placed, counters), self._ends(params)
+        at = jnp.maximum(jnp.sum(placed.valid, axis=1) - 1, 0)[:, None, None]
+        x, added = (jnp.take_along_axis(each, at, axis=1) for each in (x, added))  # [B, 1, D]
+        with jax.named_scope("prefill"):
+            with exact(self.steps.config.dtype):
+                hidden = ends.finish(x, added)
+            logits = ends.unembed(hidden[:, 0])
+            with jax.named_scope("sample"):
+                tokens, logprobs = sample(logits, sampling, state.cache.lengths, mode)
+        state = self.steps.advance(state, is_last, tokens, logprobs, sampling)
+        return state, jax.tree.map(lambda *layers: jnp.concatenate(layers, axis=1), *routed) if routed else None
+
+    @functools.partial(StepJit, donate_argnames=("state",), repeats=False)
+    def prefill_hidden(
+        self,
+        params: Params,
+        state: DecodeState,
+        x: Float[Array, "B T D"],
+        added: Float[Array, "B T D"],
+        placed: Placed,
+        counters: list[Counters],
+    ) -> tuple[Float[Array, "B T D"], DecodeState]:
+        """The hidden states, from what the last layer left."""
+        with exact(self.steps.config.dtype):
+            return self._ends(params).finish(x, added), _counted(state, placed, counters)
+
+    @functools.partial(StepJit, donate_argnames=("state",), overlaps=in_waves, repeats=False)
+    def prefill_guessed(
+        self, params: Params, store: ExpertStore, state: DecodeState, chunk: Chunk, executed: ExecutedGuess
+    ) -> tuple[Float[Array, "B T D"], DecodeState]:
+        """`hidden` with guesses, which go from layer to layer: all layers in one program."""
+        inputs = self.steps.decoder(params), store, state, chunk.token_ids, chunk.valid, chunk.prompt_lengths
+        hidden, state, *_ = self.steps.forward(*inputs, admits=False, executed=executed)
+        return hidden, state
+
+    def _ends(self, params: Params) -> Decoder:
+        """The decoder without its layers."""
+        return build_decoder(self.steps.config, params, self.steps.implementation, with_layers=False)
+
+
+def _counted(state: DecodeState, placed: Placed, counters: list[Counters]) -> DecodeState:
+    """After a chunk: with its tokens in the KV cache, and what its layers asked for."""
+    residency = state.experts.residency
+    of_chunk = jax.tree.map(lambda *layers: jnp.concatenate(layers), *counters)
+    residency = dataclasses.replace(residency, prefill=jax.tree.map(jnp.add, residency.prefill, of_chunk))
+    experts = dataclasses.replace(state.experts, residency=residency)
+    return dataclasses.replace(state, cache=state.cache.advanced(placed.valid), experts=experts)
