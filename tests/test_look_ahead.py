@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jmoe.config import Prefetching, RuntimeConfig
 from jmoe.decoding.contest import Choice
 from jmoe.decoding.sampling import SamplingParams, batch_sampling, sampling_mode
 from jmoe.engine import Engine, Weights
+from jmoe.experts import layer as experts_layer
 from jmoe.experts.layer import OffloadedExperts, ResidentExperts
 from jmoe.experts.look_ahead import Prefetch, count, guess, pays
 from jmoe.experts.prefetch import PastRequests, everywhere, make_predictor, predict, predicted_logits
@@ -25,6 +27,7 @@ from jmoe.generation import Generation
 from jmoe.model.router import Routing
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.prefetching import prefetching_line
+from kernels_pallas.prefetch import api
 from kernels_pallas.prefetch.arrivals import Arrivals
 from kernels_pallas.route.api import route
 from tests import models
@@ -87,6 +90,7 @@ def test_prefetching_changes_no_token_and_no_residency(
     assert stats.decode == plain.decode
     assert 0 < brought.useful_bytes < plain.link_bytes
     assert brought.useful_bytes + brought.wasted_bytes == brought.prefetched_bytes
+    assert brought.late_bytes is None, "a CPU has no clock"
     over_the_link = brought.prefetched_bytes + (stats.decode.fetched * SMALL.expert_bytes - brought.useful_bytes)
     assert stats.link_bytes == over_the_link
 
@@ -259,6 +263,7 @@ def test_counts_and_results_are_those_of_plain_python(
             needed = set(np.asarray(routing.expert_ids).ravel().tolist()) - {E}
             expected = rows_by_hand(odds, before[n], needed, num_experts, num_rows)
             assert [int(counted.useful[n]), int(counted.wasted[n])] == expected
+            assert [int(counted.untimed[n]), int(counted.late[n])] == [expected[0], 0], "there is no clock"
             seen.add((expected[0] > 0, expected[1] > 0))
             if is_oracle and n and num_rows and any(before[n][expert] == NONE for expert in needed):
                 assert expected[0] > 0, "a missing expert of the routing is the best guess"
@@ -381,6 +386,74 @@ def test_counts_by_hand() -> None:
         made = count([*first, *come], needed)
         assert np.asarray(made.useful).tolist() == [rows, 10, 0]
         assert np.asarray(made.wasted).tolist() == [2 if first else 0, 3, 5]
+        assert np.asarray(made.untimed).tolist() == np.asarray(made.useful).tolist()
+        assert not np.any(made.late)
+
+
+def late_by_hand(arrivals: Arrivals, needed: np.ndarray, known_at: int) -> int:
+    """Row after row: whether the part with its last value came after, on a clock of 32 bits."""
+    _, _, num_hidden, width = arrivals.weights.shape
+    came_at = np.asarray(arrivals.came_at)
+    part_size, late = 3 * num_hidden * width // came_at.shape[1], 0
+    for expert, num_rows, times in zip(arrivals.expert_ids.tolist(), arrivals.num_rows.tolist(), came_at, strict=True):
+        for row in range(num_rows):
+            since = (int(times[((row + 1) * width - 1) // part_size]) - known_at) % 2**32
+            late += bool(needed[expert]) and 0 < since < 2**31
+    return late
+
+
+@pytest.mark.parametrize("num_parts", [1, 4, 15, 30, 180])
+@pytest.mark.parametrize("around", [0, 2**31 - 1, -(2**31)])
+def test_late_rows_are_those_of_plain_python(num_parts: int, around: int) -> None:
+    """Of 15 rows of 12 values: in one part, over the ends of parts, in several. Where the clock wraps around too."""
+    rng, late, useful = np.random.default_rng(num_parts), [], []
+    for _ in range(20):
+        known_at = (around + rng.integers(-300, 300, 2)).astype(np.int64)
+        came_at = known_at[:, None, None] + rng.integers(-500, 500, (2, 3, num_parts)) * rng.integers(0, 2, (2, 3, 1))
+        come = []
+        for layer in range(2):
+            named, rows = rng.random(3) < 0.8, rng.integers(0, 16, 3)
+            times = np.where(np.arange(num_parts) * 15 < rows[:, None] * num_parts, came_at[layer], 1 << 30)
+            integers = np.where(named, rng.permutation(6)[:3], NONE), np.where(named, rows, 0), wrapped(times)
+            ids, rows, times = (jnp.asarray(part, jnp.int32) for part in integers)
+            come.append(Arrivals(ids, rows, jnp.zeros((3, 3, 5, 12)), times))
+        needed = rng.random((3, 6)) < 0.6
+        made = jax.jit(count)(come, jnp.asarray(needed), list(jnp.asarray(wrapped(known_at))))
+        expected = [late_by_hand(*each) for each in zip(come, needed[1:], known_at.tolist(), strict=True)]
+        assert np.asarray(made.late).tolist() == [0, *expected]
+        assert not np.any(made.untimed)
+        late += expected
+        useful += np.asarray(made.useful).tolist()
+    assert 0 < sum(late) < sum(useful)
+
+
+def wrapped(times: np.ndarray) -> np.ndarray:
+    """The low 32 bits."""
+    return times.astype(np.uint32).view(np.int32)
+
+
+def test_a_step_asks_each_layers_arrivals_when_its_own_demand_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says when each layer was admitted; all that comes for the last layer is late by 1 ns."""
+    ticks, comes = itertools.count(), itertools.count(1)
+
+    def bring(*args, **options) -> Arrivals:
+        came, layer = api.prefetch(*args, **options), next(comes)
+        late_by = layer == NUM_LAYERS - 1
+        return dataclasses.replace(came, came_at=jnp.full((*came.num_rows.shape, 4), 100 * (layer - 1) + late_by))
+
+    monkeypatch.setattr(experts_layer, "bring", bring)
+    monkeypatch.setattr(experts_layer, "now", lambda after: jnp.int32(100 * next(ticks)) + 0 * after)
+    rng, num_layers = np.random.default_rng(0), NUM_LAYERS
+    xs, residuals = jnp.asarray(rng.normal(size=(2, num_layers, 3, SMALL.hidden_size)), jnp.float32)
+    logits = jnp.asarray(3 * rng.normal(size=(num_layers, 3, E)), jnp.float32)
+    routings = [routed(each, jnp.ones(3, bool)) for each in logits]
+    slots = init_slots(models.weights().store, layout(6), policy="lru", watched=["activation"])
+    run = step.__wrapped__(2, "lookahead")
+    counted = run(slots, xs, routings, residuals, jnp.asarray(2 * ROWS, jnp.int32))[2]
+    assert (next(ticks), next(comes)) == (num_layers - 1, num_layers), "one of each a layer, but for the first"
+    assert counted.useful[-1] > 0
+    assert np.asarray(counted.late).tolist() == [*[0] * (num_layers - 1), int(counted.useful[-1])]
+    assert not np.any(counted.untimed)
 
 
 def test_an_amount_that_is_measured_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_stats_as_json(made: GenerationStats) -> None:
 
 # A prefetch: of the 300 MB of missing experts 60 came early, and 40 that nobody asked for
 
-AHEAD = PrefetchStats(useful_bytes=60_000_000, wasted_bytes=40_000_000, steps={0.0: 2, 0.5: 8})
+AHEAD = PrefetchStats(useful_bytes=60_000_000, wasted_bytes=40_000_000, late_bytes=10_000_000, steps={0.0: 2, 0.5: 8})
 
 
 def test_what_came_in_vain_crossed_the_link_too() -> None:
@@ -103,17 +103,27 @@ def test_what_came_in_vain_crossed_the_link_too() -> None:
     assert PrefetchStats().useful_share == 0
 
 
+def test_what_was_late_is_not_known_of_a_sum_if_not_of_its_parts() -> None:
+    untimed = dataclasses.replace(AHEAD, late_bytes=None)
+    assert (PrefetchStats() + AHEAD + AHEAD).late_bytes == 20_000_000
+    assert [(one + other).late_bytes for one, other in ((AHEAD, untimed), (untimed, AHEAD), (untimed, untimed))] == (
+        [None] * 3
+    )
+
+
 def test_a_prefetch_in_words_and_as_json() -> None:
     made = stats(prefetch=AHEAD)
     lines = made.lines()
-    expected = "of that prefetched 5.00 MB a token: 3.00 useful, 2.00 wasted (60.0% useful); "
+    expected = "of that prefetched 5.00 MB a token: 3.00 useful, of which 0.50 late, 2.00 wasted (60.0% useful); "
     assert expected + "2 steps of 0, 8 steps of 0.5 experts a layer" in lines
+    assert "3.00 useful, 2.00 wasted" in dataclasses.replace(AHEAD, late_bytes=None).lines(20)[0]
     assert lines[lines.index(AHEAD.lines(20)[0]) - 1].startswith("fetched 17.00 MB a token, 0.68 GB/s")
     values = json.loads(json.dumps(made.to_dict()))
     assert values["link_bytes"] == 340_000_000
     assert values["prefetch"] == {
         "useful_bytes": 60_000_000,
         "wasted_bytes": 40_000_000,
+        "late_bytes": 10_000_000,
         "prefetched_bytes": 100_000_000,
         "useful_share": 0.6,
         "steps": {"0.0": 2, "0.5": 8},
@@ -124,9 +134,12 @@ def test_a_prefetch_in_words_and_as_json() -> None:
 
 def test_prefetched_rows_are_summed_over_layers_as_bytes() -> None:
     most = 2**31 - 1
-    counts = Prefetched(jnp.asarray([most, most]), jnp.asarray([1, 2]))
+    counts = Prefetched(*(jnp.asarray(rows) for rows in ([most, most], [1, 2], [most, 4], [0, 0])))
     made = PrefetchStats.of_call(counts, 7, 24, SMALL)  # half an expert; rows of 32 float32
-    assert made == PrefetchStats(useful_bytes=2 * most * 128, wasted_bytes=3 * 128, steps={0.5: 7})
+    sizes = {"useful_bytes": 2 * most * 128, "wasted_bytes": 3 * 128, "late_bytes": (most + 4) * 128}
+    assert made == PrefetchStats(**sizes, steps={0.5: 7})
+    untimed = dataclasses.replace(counts, late=jnp.zeros(2, jnp.int32), untimed=jnp.asarray([0, 1]))
+    assert PrefetchStats.of_call(untimed, 7, 24, SMALL) == dataclasses.replace(made, late_bytes=None)
     assert PrefetchStats.of_call(None, 7, 0, SMALL) == PrefetchStats(steps={0.0: 7})
 
 

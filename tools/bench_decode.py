@@ -17,8 +17,10 @@ embedding table, and every expert asked for), and a pass over device memory in t
 `peak_bytes` is a dash where a row before it took more: rows of several batch sizes have it only as far as they grow.
 
 `prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
-crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. With --prefetch-experts 0
-nothing comes early. What --prefetch activation and both know of past requests is learned from the runs of each row.
+crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. `late_mb` is the part of
+`early_mb` that was still on its way when its layer's demand was known, and so was waited for; a dash where no clock
+says so, as on a CPU. With --prefetch-experts 0 nothing comes early. What --prefetch activation and both know of past
+requests is learned from the runs of each row.
 
 --prefetch oracle shows what bringing experts early can do, were every guess right: the same prompts are run once
 before, with the same seeds, and what each step asked for is brought where it is missing. Its `useful` is 1, or in
@@ -259,6 +261,7 @@ class Bench:
             "hit_rate": hits / (hits + misses),
             "mb_per_token": link_bytes / tokens / 1e6,
             "early_mb": early.useful_bytes / tokens / 1e6 if early else None,
+            "late_mb": None if early is None or early.late_bytes is None else early.late_bytes / tokens / 1e6,
             "wasted_mb": early.wasted_bytes / tokens / 1e6 if early else None,
             "useful": early.useful_share if early else None,
             "link_gbps": link_bytes / steps / mean_ms / 1e6,

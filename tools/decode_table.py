@@ -28,6 +28,7 @@ COLUMNS = (
     ("hit_rate", "{:.3f}"),
     ("mb_per_token", "{:.1f}"),
     ("early_mb", "{:.1f}"),
+    ("late_mb", "{:.1f}"),
     ("wasted_mb", "{:.1f}"),
     ("useful", "{:.3f}"),
     ("link_gbps", "{:.1f}"),

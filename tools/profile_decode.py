@@ -46,6 +46,7 @@ KERNEL_SCOPES = {
     "add_parts": "attention",
     "route_rows": "router",
     "admit_layer": "admit",
+    "tell_time": "admit",
     "copy_rows": "prefetch",
     "copy_plan": "fetch",
     "multiply_groups": "experts",

@@ -26,6 +26,7 @@ from kernels_pallas.admit.api import admit
 from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.fetch.api import fetch
+from kernels_pallas.prefetch.api import now
 from kernels_pallas.prefetch.api import prefetch as bring
 from kernels_pallas.prefetch.arrivals import Arrivals
 
@@ -79,7 +80,8 @@ class Progress:
     """What the layers done so far have asked for, and have made of the slots and of their residency.
 
     `outlook` is what a step that admits goes by, its policy's. With a prefetch, `guess` is what the next layer will
-    miss, and `arrivals` what came early for each so far, or each but the first.
+    miss, and `arrivals` what came early for each so far, or each but the first; `known_at` is when the demand of these
+    layers was known, where there is a clock.
     """
 
     staging: Halves
@@ -91,6 +93,7 @@ class Progress:
     outlook: Any = None
     guess: Guess | None = None
     arrivals: tuple[Arrivals, ...] = ()
+    known_at: tuple[Int[Array, ""], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +149,7 @@ class OffloadedExperts(MoE):
         if not progress.arrivals:
             return no_rows(self.layout.num_layers) if self.prefetch else None
         used = tokens_of_experts(jnp.stack(progress.expert_ids), self.layout.num_experts)
-        return look_ahead.count(progress.arrivals, used > 0)
+        return look_ahead.count(progress.arrivals, used > 0, progress.known_at)
 
     def _counts(self, progress: Progress, needed: Bool[Array, "L E"]) -> Counters:
         """Of this step, all layers at once: a few small kernels a step instead of a layer."""
@@ -216,12 +219,14 @@ class OffloadedExperts(MoE):
 
     def _from_slots_and_store(self, moe_layer: int, x, routing: Routing, carry: Progress):
         slots, staging = self.slots.layers[moe_layer], carry.staging
+        arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
+        is_timed = arrivals is not None and arrivals.came_at is not None
         with jax.named_scope("admit"):
             admitted = self._admit(moe_layer, routing, carry.outlook)
+            known_at = (now(admitted.count),) if is_timed else ()  # nothing but the counters waits for it
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and not self.layout.overflows(routing.expert_ids.size):
-            arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
             y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
         else:
             if self.admits:
@@ -234,6 +239,7 @@ class OffloadedExperts(MoE):
             staging=staging,
             slots=(*carry.slots, slots),
             layers=(*carry.layers, after),
+            known_at=(*carry.known_at, *known_at),
             num_hits=(*carry.num_hits, admitted.num_hits),
             num_fetched=(*carry.num_fetched, admitted.count) if self.admits else (),
         )

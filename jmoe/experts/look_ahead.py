@@ -11,6 +11,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmoe.experts.residency import NONE, Residency
@@ -54,10 +55,16 @@ class Prefetch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefetched:
-    """Rows of D values that came before a router had asked, one count a layer: of experts that it then did, or not."""
+    """Rows of D values that came before a router had asked, one count a layer: of experts that it then did, or not.
+
+    `late` are those of the useful ones that were still on their way when the layer's demand was known, and so were
+    waited for; `untimed` those of which nobody knows, since there is no clock: all of them, or none.
+    """
 
     useful: Int[Array, " L"]
     wasted: Int[Array, " L"]
+    late: Int[Array, " L"]
+    untimed: Int[Array, " L"]
 
 
 @jax.tree_util.register_dataclass
@@ -92,14 +99,32 @@ def guess(odds: Float[Array, " E"], slot_of: Int[Array, " E"], num_asked: int, n
 
 def no_rows(num_layers: int) -> Prefetched:
     """Nothing has come yet."""
-    return Prefetched(*(jnp.zeros((num_layers,), jnp.int32) for _ in range(2)))
+    return Prefetched(*(jnp.zeros((num_layers,), jnp.int32) for _ in range(4)))
 
 
-def count(arrivals: Sequence[Arrivals], needed: Bool[Array, "L E"]) -> Prefetched:
-    """Of a step which needed these experts, and to whose layers, or all but the first, these came early."""
+def count(
+    arrivals: Sequence[Arrivals], needed: Bool[Array, "L E"], known_at: Sequence[Int[Array, ""]] = ()
+) -> Prefetched:
+    """Of a step which needed these experts, and to whose layers, or all but the first, these came early.
+
+    `known_at` are the times when the demand of these layers was known; empty where there is no clock.
+    """
     ids = jnp.stack([each.expert_ids for each in arrivals])  # [L, P], or [L - 1, P]
     rows, without = jnp.stack([each.num_rows for each in arrivals]), len(needed) - len(arrivals)
     was_needed = jnp.take_along_axis(needed[without:], jnp.maximum(ids, 0), axis=1)  # NONE came with no row
-    useful = jnp.sum(jnp.where(was_needed, rows, 0), axis=1, dtype=jnp.int32)
+    late_rows = _late_rows(arrivals, rows, jnp.stack(known_at)) if known_at else jnp.zeros_like(rows)
+    useful, late = (jnp.sum(jnp.where(was_needed, each, 0), axis=1, dtype=jnp.int32) for each in (rows, late_rows))
     wasted = jnp.sum(rows, axis=1, dtype=jnp.int32) - useful
-    return Prefetched(*(jnp.pad(found, (without, 0)) for found in (useful, wasted)))
+    counts = useful, wasted, late, jnp.zeros_like(useful) if known_at else useful
+    return Prefetched(*(jnp.pad(found, (without, 0)) for found in counts))
+
+
+def _late_rows(arrivals: Sequence[Arrivals], rows: Int[Array, "l P"], known_at: Int[Array, " l"]) -> Int[Array, "l P"]:
+    """How many of these first rows came after `known_at`: a row has come with the part in which its last value lies."""
+    came_at = jnp.stack([each.came_at for each in arrivals if each.came_at is not None])  # [l, P, n]
+    rows_of_expert, num_parts = 3 * arrivals[0].weights.shape[2], came_at.shape[-1]
+    ends = np.arange(num_parts + 1) * rows_of_expert // num_parts  # of the rows that have come with so many parts
+    begin, end = (part.astype(np.int32)[None, None] for part in (ends[:-1], ends[1:]))
+    rows_of_part = jnp.clip(rows[..., None], begin, end) - begin
+    is_late = came_at - known_at[:, None, None] > 0  # in int32, as the clock wraps around
+    return jnp.sum(jnp.where(is_late, rows_of_part, 0), axis=-1, dtype=jnp.int32)

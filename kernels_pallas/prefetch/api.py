@@ -25,6 +25,18 @@ def resolve(implementation: str | None) -> str:
     return backends.resolve("prefetch", IMPLEMENTATIONS, implementation)
 
 
+def now(after: Array) -> Int[Array, ""]:
+    """The time once `after` is computed, an array whose values are of no matter: ns, of the clock of `came_at`.
+
+    int32, and wraps around: of two times only the difference means something, in int32. In a program with
+    `COMPILER_OPTIONS` it waits for nothing else. Only where arrivals have a clock. Times after the same array may be
+    one.
+    """
+    from kernels_pallas.prefetch import clock
+
+    return clock.now(after)
+
+
 def prefetch(
     store: Float[Array, "E 3 F D"],
     expert_ids: Int[Array, " P"],
@@ -38,7 +50,7 @@ def prefetch(
 
     `store` is in host memory, everything else on the device. Ids at and beyond `count` are not read; those before are
     distinct. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`, as soon as
-    `after` is computed, if that is given: an array whose values are of no matter.
+    `after` is computed, if that is given: an array whose values are of no matter. There each tile's arrival is timed.
 
     Raises ValueError for a list of no expert, NotImplementedError for an implementation that cannot run here.
     """

@@ -16,11 +16,15 @@ class Arrivals:
 
     Expert `expert_ids[p]`, NONE for nobody, has come with the first `num_rows[p]` of its 3F rows of D values (gate, up,
     down); what `weights[p]` holds beyond them is anything. The experts are distinct.
+
+    `came_at`, None where there is no clock, says when each of n equal parts of an expert had come: ns of `api.now`'s
+    clock. Of parts in which none of the first rows lies it is anything.
     """
 
     expert_ids: Int[Array, " P"]
     num_rows: Int[Array, " P"]
     weights: Float[Array, "P 3 F D"]
+    came_at: Int[Array, "P n"] | None = None
 
 
 def share_out(count: Int[Array, ""], num_rows: Int[Array, ""], size: int, rows_of_expert: int) -> Int[Array, " P"]:

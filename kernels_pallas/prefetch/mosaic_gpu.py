@@ -1,6 +1,6 @@
 """The prefetch as one Mosaic GPU kernel on a stream of its own: TMA from pinned host memory into a fresh buffer.
 
-Its result is an output, and no array that something else may write: only so may XLA let it run beside other kernels.
+Its results are outputs, and no arrays that something else may write: only so may XLA let it run beside other kernels.
 They overlap where the program around it is compiled with `api.COMPILER_OPTIONS`; elsewhere it runs in its place.
 """
 
@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tile_ring
 from kernels_pallas.host_view import device_view
+from kernels_pallas.prefetch import clock
 from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
 from kernels_pallas.tile_ring import Config, Tiling, tiling
 
@@ -21,32 +22,40 @@ STREAM = "gpu_stream:1"
 
 
 def prefetch(store, expert_ids, count, num_rows, after=None, *, config: Config = Config(), interpret=None) -> Arrivals:
-    """`after` is an operand of the kernel that it does not read: XLA starts it no sooner."""
+    """`after` is an operand of the kernel that it does not read: XLA starts it no sooner.
+
+    A tile is a part of `came_at`, timed once it lies in shared memory; nothing is where the kernel is interpreted.
+    """
     expert_ids, count, num_rows = (part.astype(jnp.int32) for part in (expert_ids, count, num_rows))
     size, (_, _, num_hidden, width) = expert_ids.shape[0], store.shape
     tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
 
     def copy(store, expert_ids, count, num_rows, *after):
-        out = jax.ShapeDtypeStruct((size, tile.num_tiles * tile.rows, tile.columns), store.dtype)
-        body = _copy_rows(tile, config, 3 * num_hidden, width)
+        out = [jax.ShapeDtypeStruct((size, tile.num_tiles * tile.rows, tile.columns), store.dtype)]
+        out += [] if interpret else [jax.ShapeDtypeStruct((size, tile.num_tiles), jnp.int32)]
+        body = _copy_rows(tile, config, 3 * num_hidden, width, is_timed=not interpret)
         kernel = tile_ring.kernel(body, tile, config, store.dtype, out_type=out, interpret=interpret)
-        weights = kernel(expert_ids, count.reshape(1), num_rows.reshape(1), device_view(tile.flat(store)), *after)
-        return weights.reshape(size, *store.shape[1:])
+        weights, *came_at = kernel(
+            expert_ids, count.reshape(1), num_rows.reshape(1), device_view(tile.flat(store)), *after
+        )
+        return weights.reshape(size, *store.shape[1:]), *came_at
 
     beside = compute_on(copy, compute_type=STREAM, out_memory_spaces=jax.memory.Space.Device)
-    weights = beside(store, expert_ids, count, num_rows, *(() if after is None else (after,)))  # pyright: ignore[reportCallIssue]  # a decorator too
+    weights_and_times = beside(store, expert_ids, count, num_rows, *(() if after is None else (after,)))  # pyright: ignore[reportCallIssue]  # a decorator too
     named = jnp.arange(size, dtype=jnp.int32) < count
-    return Arrivals(jnp.where(named, expert_ids, NONE), share_out(count, num_rows, size, 3 * num_hidden), weights)
+    rows = share_out(count, num_rows, size, 3 * num_hidden)
+    return Arrivals(jnp.where(named, expert_ids, NONE), rows, *weights_and_times)
 
 
-def _copy_rows(tile: Tiling, config: Config, rows_of_expert: int, width: int):
+def _copy_rows(tile: Tiling, config: Config, rows_of_expert: int, width: int, *, is_timed: bool):
     """The kernel body: the tiles in which the first rows lie."""
     step = math.gcd(width, tile.size)  # of elements, so that their number stays an int32
 
     def copy_rows(expert_ids, count, num_rows, store, *refs):
-        # expert_ids [P], count, num_rows [1]; store [E, rows, columns] (host); weights [P, rows, columns] after what it
-        # waits for
-        *_, weights, stages, arrived = refs
+        # expert_ids [P], count, num_rows [1]; store [E, rows, columns] (host); after what it waits for weights
+        # [P, rows, columns] and, if it is timed, came_at [P, tiles]
+        *refs, stages, arrived = refs
+        weights, came_at = refs[-2:] if is_timed else (refs[-1], None)
         wanted = jnp.clip(num_rows[0], 0, count[0] * rows_of_expert) * (width // step)
         num_tiles = lax.div(wanted + tile.size // step - 1, tile.size // step)
 
@@ -54,7 +63,10 @@ def _copy_rows(tile: Tiling, config: Config, rows_of_expert: int, width: int):
             plgpu.copy_gmem_to_smem(store.at[expert_ids[entry], rows], stage, arrived)
 
         def keep(entry, rows, stage) -> None:
+            time = None if came_at is None else clock.read()  # before anything else, since the tile has just come
             plgpu.copy_smem_to_gmem(stage, weights.at[entry, rows])
+            if came_at is not None:
+                came_at[entry, lax.div(rows.start, tile.rows)] = time
 
         tile_ring.copy_tiles(tile, config, num_tiles, load, keep, stages, arrived)
 

@@ -1,4 +1,4 @@
-"""The prefetch in plain JAX: whole experts, of which the first rows count. Any backend."""
+"""The prefetch in plain JAX: whole experts, of which the first rows count. Any backend, and no clock."""
 
 import jax
 import jax.numpy as jnp

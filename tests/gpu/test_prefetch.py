@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 
 from jmoe import memory
+from jmoe.experts.look_ahead import count
 from kernels_pallas.admit import reference as admission
 from kernels_pallas.admit.specs import SPECS as ADMIT_SPECS
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
-from kernels_pallas.prefetch.api import COMPILER_OPTIONS, prefetch, resolve
+from kernels_pallas.prefetch.api import COMPILER_OPTIONS, now, prefetch, resolve
 from kernels_pallas.prefetch.specs import SPECS, PrefetchSpec
+from tests import models
+from tests.gpu.test_engine import CONFIG, GREEDY, OPTIONS, PROMPTS
 from tests.gpu.test_fetch import bits, random_bits
 from tests.kernels.test_prefetch import rows_of
 
@@ -122,3 +127,80 @@ def test_what_has_come_makes_the_bits_of_what_is_fetched(demand) -> None:
         wanted, wanted_slots = jitted(x, store, jnp.asarray(first), plan, None)
         np.testing.assert_array_equal(bits(y), bits(wanted))
         np.testing.assert_array_equal(bits(slots), bits(wanted_slots))
+
+
+# When it comes
+
+
+def ns_between(first, then) -> int:
+    """On a clock of 32 bits."""
+    return (int(then) - int(first)) % 2**32
+
+
+def test_the_clock_counts_ns() -> None:
+    first = now(jnp.asarray(0)).block_until_ready()
+    times = [first]
+    for _ in range(10):
+        times.append(now(times[-1]))
+    assert all(0 < ns_between(*two) < 1e9 for two in itertools.pairwise(times))
+    before, start = now(first).block_until_ready(), time.perf_counter()
+    time.sleep(0.2)
+    asked = time.perf_counter() - start
+    after = now(first).block_until_ready()
+    took = time.perf_counter() - start
+    assert 0.99e9 * asked < ns_between(before, after) < 1.01e9 * took + 1e6
+
+
+@functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+def timed(store, expert_ids, num_experts, num_rows):
+    before = now(expert_ids)
+    come = prefetch(store, expert_ids, num_experts, num_rows, before)
+    return before, come, now(come.weights)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_tiles_that_come_are_timed_and_no_others(spec: PrefetchSpec) -> None:
+    """What the times of others are is anything, but not each time one of this copy. After all that is late, or none."""
+    spec = dataclasses.replace(spec, num_experts=min(spec.num_experts, MOST))
+    store = jax.device_put(random_bits(spec.store_shape, spec.dtype, 0), memory.host_sharding())
+    needed, always = jnp.ones((1, spec.num_experts), bool), True
+    for seed in range(4):
+        before, come, after = timed(store, *map(jnp.asarray, spec.make(seed)))
+        assert come.came_at is not None
+        since = np.asarray(come.came_at).reshape(-1).view(np.uint32) - np.asarray(before).view(np.uint32)
+        always &= since <= ns_between(before, after)
+        for known_at, share in ((before, 1), (after, 0)):
+            made = count([come], needed, [known_at])
+            assert int(made.late[0]) == share * int(made.useful[0])
+        assert int(made.useful[0]) == int(jnp.sum(come.num_rows))
+    num_parts = come.came_at.shape[1]
+    elements = int(jnp.sum(come.num_rows)) * spec.width
+    tile_size = 3 * spec.num_hidden * spec.width // num_parts
+    np.testing.assert_array_equal(always, np.arange(always.size) < -(-elements // tile_size))
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        {"expert_slots": 5, "prefetch": "lookahead", "prefetch_experts": 1.6},
+        {"expert_slots": 5, "prefetch": "both"},
+        {"expert_slots": 12, "batch_size": 3, "prefetch": "lookahead"},
+    ],
+    ids=str,
+)
+def test_what_was_late_is_a_part_of_what_was_useful(runtime: dict) -> None:
+    generation = models.engine(CONFIG, **{**OPTIONS, **runtime}).generate(PROMPTS, GREEDY)
+    generation.results()
+    came = generation.stats.prefetch
+    assert came is not None
+    assert came.late_bytes is not None
+    assert 0 <= came.late_bytes <= came.useful_bytes
+    assert came.useful_bytes > 0
+
+
+def test_without_kernels_nobody_knows_what_was_late() -> None:
+    runtime = {"expert_slots": 5, "prefetch": "lookahead", "prefetch_experts": 1.6, "implementation": "reference"}
+    generation = models.engine(CONFIG, **{**OPTIONS, **runtime}).generate(PROMPTS, GREEDY)
+    generation.results()
+    assert generation.stats.prefetch is not None
+    assert generation.stats.prefetch.late_bytes is None

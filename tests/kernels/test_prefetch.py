@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jmoe import memory
 from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.fetch import mosaic_gpu as fetch_kernel
 from kernels_pallas.fetch import reference as fetch_reference
-from kernels_pallas.prefetch import api, mosaic_gpu, reference
+from kernels_pallas.prefetch import api, clock, mosaic_gpu, reference
 from kernels_pallas.prefetch.arrivals import NONE, Arrivals
 from kernels_pallas.prefetch.specs import SPECS, PrefetchSpec
 from kernels_pallas.tile_ring import Config, tiling
@@ -65,6 +66,7 @@ def check(prefetch, spec: PrefetchSpec, *after: jax.Array) -> Arrivals:
     got = prefetch(store, *map(jnp.asarray, (expert_ids, count, num_rows)), *after)
     assert got.weights.shape == (spec.size, *spec.store_shape[1:])
     assert got.weights.dtype == store.dtype
+    assert got.came_at is None, "neither plain JAX nor an interpreted kernel has a clock"
     left, rows_of_expert = spec.num_rows, 3 * spec.num_hidden
     for entry in range(spec.size):
         named = entry < spec.count
@@ -110,9 +112,20 @@ def test_no_tile_comes_for_nothing(share: float) -> None:
 def test_the_kernel_compiles_for_cuda_at_its_true_size(spec: PrefetchSpec) -> None:
     small = [((spec.size,), "int32"), ((), "int32"), ((), "int32")]
     arguments = [jax.ShapeDtypeStruct(*one) for one in ((spec.store_shape, spec.dtype), *small)]
-    module = export.export(jax.jit(mosaic_gpu.prefetch), platforms=["cuda"])(*arguments).mlir_module()
-    assert "mosaic_gpu" in module
-    assert '_xla_stream_annotation = "1"' in module
+    made = export.export(jax.jit(mosaic_gpu.prefetch), platforms=["cuda"])(*arguments)
+    assert "mosaic_gpu" in made.mlir_module()
+    assert '_xla_stream_annotation = "1"' in made.mlir_module()
+    *_, weights, came_at = made.out_avals
+    assert weights.shape == (spec.size, *spec.store_shape[1:])
+    assert (came_at.shape[0], came_at.dtype) == (spec.size, jnp.int32)
+    assert 3 * spec.num_hidden * spec.width % came_at.shape[1] == 0, "equal parts"
+
+
+def test_the_clock_compiles_for_cuda() -> None:
+    """It waits for its operand, though it does not read it."""
+    made = export.export(clock.now, platforms=["cuda"])(jax.ShapeDtypeStruct((), jnp.int32))
+    assert re.search(r"custom_call @mosaic_gpu_v2\(%\w+\)", made.mlir_module())
+    assert (made.out_avals[0].shape, made.out_avals[0].dtype) == ((), jnp.int32)
 
 
 def test_other_backends_take_its_compiler_options() -> None:
