@@ -30,6 +30,7 @@ from jmoe.experts.store import ExpertStore
 from jmoe.generation import Generation
 from jmoe.memory_plan import MemoryPlan, plan_memory
 from jmoe.model.families import trunk_shapes
+from jmoe.model.kv_cache import KVCache, emptied
 from jmoe.prefetching import predictor_of, prefetching, prefetching_line
 from jmoe.programs import Programs
 from jmoe.tokenizer import Tokenizer
@@ -96,6 +97,7 @@ class Engine:
         kept_in = None if plan.layout.all_resident else experience_dir
         self._experience = Experience(kept_in, {steps.policy, *self._watched}, fingerprint, self.announce)
         self._slots: ExpertSlots | None = self._fill_slots()
+        self._cache: KVCache | None = None  # of the last generation, for the next one of as many sequences
 
     def _drafting(self, speculative: SpeculativeSteps | None, affinity_files: Sequence[Path]) -> Drafting | None:
         if speculative is None:
@@ -281,14 +283,19 @@ class Engine:
             )
         if self._slots is None:
             raise RuntimeError("another generation of this engine is unfinished; finish or close it first")
-        state = init_state(self.config, batch_size, self.plan.max_seq_len, budget, self._slots)
+        cache, self._cache = self._cache, None
+        cache = emptied(cache) if cache and cache.batch_size == batch_size else None
+        state = init_state(self.config, batch_size, self.plan.max_seq_len, budget, self._slots, cache)
         self._slots = None
         return state
 
     def give_back(self, state: DecodeState) -> None:
-        """Takes the slots back. A step that was interrupted has consumed them: then they are filled anew."""
+        """Takes the slots back, and the KV cache. A step that was interrupted has consumed them: then they are made
+        anew, the slots filled.
+        """
         deleted = state.experts.is_deleted()
         self._slots = self._fill_slots() if deleted else self._experience.finish(state.experts)
+        self._cache = None if state.cache.is_deleted() else state.cache
 
     def _fill_slots(self) -> ExpertSlots:
         store, steps = self.weights.store, self.steps

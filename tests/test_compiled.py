@@ -62,7 +62,7 @@ def test_steps_overlap_where_they_go_in_waves(
     layout = models.engine(expert_slots=expert_slots).plan.layout
     steps = Steps(models.SMALL, layout, resident=resident)
     prefill = Prefill(steps)
-    assert overlaps(Prefill.prefill_layer, prefill, num_sequences) == prefills
+    assert overlaps(Prefill.prefill_layers, prefill, num_sequences) == prefills
     assert overlaps(Prefill.prefill_guessed, prefill, num_sequences) == prefills
     assert not overlaps(Prefill.prefill_end, prefill, num_sequences)
     assert overlaps(Steps.decode, steps, num_sequences) == decodes

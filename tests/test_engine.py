@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import gc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -265,6 +267,22 @@ def test_a_generation_that_never_began_holds_nothing(engine: Engine) -> None:
     assert [completion.token_ids for completion in waiting.results()] == expected()[:1]
 
 
+def test_a_generation_begins_with_an_empty_kv_cache_where_the_last_one_lay(engine: Engine) -> None:
+    assert tokens(engine) == expected()
+    kept = engine._cache
+    assert kept is not None
+    poisoned = jax.tree.map(lambda part: jnp.full_like(part, jnp.nan) if part.ndim > 1 else part, kept)
+    engine._cache = jax.device_put(poisoned, jax.devices()[0])
+    places = [part.unsafe_buffer_pointer() for part in engine._cache.keys]
+    state = engine.new_state(len(PROMPTS), [1] * len(PROMPTS))
+    assert [part.unsafe_buffer_pointer() for part in state.cache.keys] == places
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.cache))
+    engine.give_back(state)
+    assert tokens(engine) == expected()
+    engine.give_back(engine.new_state(1, [1]))  # another number of sequences needs another one
+    assert tokens(engine) == expected()
+
+
 class Interrupted:
     """Programs during one of which somebody presses Ctrl-C: its state is consumed and nothing comes back."""
 
@@ -282,7 +300,7 @@ class Interrupted:
         return result
 
 
-@pytest.mark.parametrize("step", ["prefill_begin", "prefill_layer", "prefill_end", "decode"])
+@pytest.mark.parametrize("step", ["prefill_begin", "prefill_layers", "prefill_end", "decode"])
 @pytest.mark.parametrize("is_compiled", [True, False])
 def test_an_interrupted_step_is_survived(step: str, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = models.engine(prefill_chunk=16)

@@ -110,11 +110,11 @@ def test_needed_adds_up_to_what_the_engine_counted(batch_size: int, expert_slots
 
 def test_recording_changes_no_token_and_compiles_no_more() -> None:
     assert tokens(generated(3, 4, record=False)) == tokens(generated(3, 2)) == tokens(generated(1, 3))
-    sizes = Steps.decode._cache_size(), Prefill.prefill_layer._cache_size()
+    sizes = Steps.decode._cache_size(), Prefill.prefill_layers._cache_size()
     for seed in range(2):
         other = models.prompts(20 + seed, 9, 3, seed=seed)
         engine(3, 2, True).generate(other, SamplingParams(max_new_tokens=4 + seed)).results()
-    assert (Steps.decode._cache_size(), Prefill.prefill_layer._cache_size()) == sizes
+    assert (Steps.decode._cache_size(), Prefill.prefill_layers._cache_size()) == sizes
 
 
 def test_it_does_not_matter_how_many_steps_a_call_takes() -> None:
@@ -156,13 +156,13 @@ def jaxprs(*, record: bool) -> list:
     made = {call.name: traced(call) for call in calls}
 
     def run(call: Call):
-        if call.name == "prefill_end" or (call.name == "prefill_layer" and call.name not in made):  # the first layer
+        if call.name == "prefill_end" or (call.name == "prefill_layers" and call.name not in made):  # the first layer
             made[call.name] = traced(call)
         return call.run()
 
     state, _ = Prefill(steps).chunk(*given, chunk, sampling, mode="greedy", run=run)
     runner.give_back(state)
-    return [made[name] for name in ("prefill_layer", "prefill_end", "decode")]
+    return [made[name] for name in ("prefill_layers", "prefill_end", "decode")]
 
 
 def traced(call: Call):

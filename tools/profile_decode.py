@@ -168,7 +168,7 @@ def _compiled_prefill(engine: Engine, state: DecodeState, chunk: Chunk, sampling
     texts: dict[tuple[bool, Hashable], str] = {}
 
     def run(call: Call):
-        if (kind := (call.name == "prefill_layer", call.key)) not in texts:
+        if (kind := (call.name == "prefill_layers", call.key)) not in texts:
             texts[kind] = call.lower().compile().as_text() or ""
         return call.run()
 

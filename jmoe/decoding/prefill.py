@@ -1,8 +1,9 @@
-"""Prefill: a chunk of every prompt, a layer at a time. One jitted layer, called for each.
+"""Prefill: a chunk of every prompt, a few layers at a time. One jitted program of so many layers, called for all.
 
 A decode step is one program of all layers, since between two layers there is no time for the host. A chunk has so many
-tokens that the host is soon far ahead of the device; and a program of all layers would take as long to compile as the
-model is deep, anew for each length of a chunk.
+tokens that the host is soon ahead of the device; and a program of all layers would take as long to compile as the model
+is deep, anew for each length of a chunk. To call a program takes the host a third of a millisecond beyond its kernels,
+so it is not of one layer.
 """
 
 import dataclasses
@@ -19,14 +20,17 @@ from jmoe.decoding.emitted import Routed, routed_in
 from jmoe.decoding.sampling import Mode, Sampling, sample
 from jmoe.decoding.step import DecodeState, Steps
 from jmoe.experts.execute_guess import ExecutedGuess
-from jmoe.experts.layer import Observed
+from jmoe.experts.layer import Observed, OffloadedExperts, ResidentExperts
 from jmoe.experts.residency import Counters, LayerResidency, Residency, init_counters
 from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
+from jmoe.experts.waves import Halves
 from jmoe.model.decoder import Decoder, Placed, build_decoder, build_layer, exact, params_of_layers
 from jmoe.model.kv_cache import KVCache
 
+MOST_LAYERS = 8  # of a program
 Params = Mapping[str, Array]
+KV = tuple[Float[Array, "B S K H"], ...]  # the keys, or the values, an array a layer
 Run = Callable[[Call], Any]
 
 
@@ -62,11 +66,11 @@ class LayerInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What goes from layer to layer, donated to each: the residual stream x, what is to be added to it, and staging."""
+    """What goes from layers to layers, donated to each: the residual stream x, what is to be added to it, staging."""
 
     x: Float[Array, "B T D"]
     added: Float[Array, "B T D"]
-    staging: tuple[Float[Array, "W 3 F D"], ...]
+    staging: Halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +134,15 @@ class Prefill:
         of_layers, ends = params_of_layers(params, self.steps.config.num_hidden_layers)
         shape, cache, experts = chunk.token_ids.shape, state.cache, state.experts
         x, added, placed = run(Call(self, "prefill_begin", shape, (ends, cache.lengths, chunk), {}))
-        flow, kv, seen = Flow(x, added, experts.staging), [], []
-        for n, inputs in enumerate(self._inputs(of_layers, store, experts)):
-            args = inputs, (cache.keys[n], cache.values[n]), flow, placed
-            is_moe = inputs.weights is not None
-            new, flow, *each = run(Call(self, "prefill_layer", (shape, is_moe), args, {}))
-            kv.append(new)
-            seen.append(each)
-        keys, values = zip(*kv, strict=True)
-        counters, routed = ([each for each in part if each is not None] for part in zip(*seen, strict=True))
+        flow, counters, routed = Flow(x, added, experts.staging), [], []
+        inputs, keys, values = self._inputs(of_layers, store, experts), (), ()
+        for part in _parts(len(inputs)):
+            kinds = tuple(each.weights is not None for each in inputs[part])
+            args = inputs[part], (cache.keys[part], cache.values[part]), flow, placed
+            new, flow, counted, chosen = run(Call(self, "prefill_layers", (shape, kinds), args, {}))
+            keys, values = (*keys, *new[0]), (*values, *new[1])
+            counters += [] if counted is None else [counted]
+            routed += [] if chosen is None else [chosen]
         cache = KVCache(keys, values, cache.lengths)
         state = dataclasses.replace(state, cache=cache, experts=dataclasses.replace(experts, staging=flow.staging))
         return ends, state, (flow.x, flow.added, placed, counters), routed
@@ -166,34 +170,41 @@ class Prefill:
             return x, jnp.zeros_like(x), placed
 
     @functools.partial(StepJit, donate_argnames=("kv", "flow"), overlaps=in_waves, repeats=False)
-    def prefill_layer(
-        self, inputs: LayerInputs, kv: tuple[Array, Array], flow: Flow, placed: Placed
-    ) -> tuple[tuple[Array, Array], Flow, Counters | None, Routed | None]:
-        """One layer: its keys and values [B, S, K, H], what goes to the next one, what it asked for and routed."""
-        steps, config, is_moe = self.steps, self.steps.config, inputs.weights is not None
-        number = next(n for n in range(config.num_hidden_layers) if (n in config.moe_layers) == is_moe)
-        layer = build_layer(config, number, inputs.params, steps.implementation)
-        cache = KVCache((kv[0],), (kv[1],), placed.positions[:, 0])
-        experts = self._experts(inputs, flow) if is_moe else None
-        moe, start = (Observed(experts), (experts.start(), ())) if experts else (None, None)
-        with jax.named_scope("prefill"), exact(config.dtype):
-            x, added, cache, carry = layer(flow.x, flow.added, placed, cache, 0, moe, 0, start)
-        kv = cache.keys[0], cache.values[0]
-        if experts is None:
-            return kv, Flow(x, added, flow.staging), None, None
+    def prefill_layers(
+        self, inputs: list[LayerInputs], kv: tuple[KV, KV], flow: Flow, placed: Placed
+    ) -> tuple[tuple[KV, KV], Flow, Counters | None, Routed | None]:
+        """A few layers: their keys and values, what goes to the next ones, what they asked for and routed.
+
+        These are None where all of them are dense layers.
+        """
+        config, moe_inputs = self.steps.config, [each for each in inputs if each.weights is not None]
+        cache, x, added = KVCache(*kv, placed.positions[:, 0]), flow.x, flow.added
+        experts = self._experts(moe_inputs, flow.staging)
+        moe, number = Observed(experts), 0
+        carry: Any = experts.start(), ()
+        for n, each in enumerate(inputs):
+            is_moe = each.weights is not None
+            layer = build_layer(config, is_moe, each.params, self.steps.implementation)
+            with jax.named_scope("prefill"), exact(config.dtype):
+                x, added, cache, carry = layer(x, added, placed, cache, n, moe, number, carry)
+            number += is_moe
+        new_kv = cache.keys, cache.values
+        if not moe_inputs:
+            return new_kv, Flow(x, added, flow.staging), None, None
         carry, routings = carry
         after = experts.finish(carry)
-        routed = routed_in(routings, x.shape[0]) if steps.record else None
-        return kv, Flow(x, added, after.staging), after.residency.prefill, routed
+        routed = routed_in(routings, x.shape[0]) if self.steps.record else None
+        return new_kv, Flow(x, added, after.staging), after.residency.prefill, routed
 
-    def _experts(self, inputs: LayerInputs, flow: Flow):
-        """Those of a model of this layer alone."""
-        one = dataclasses.replace(self.steps, layout=dataclasses.replace(self.steps.layout, num_layers=1))
-        assert inputs.weights is not None  # it is a mixture of experts
-        assert inputs.residency is not None
-        residency = Residency((inputs.residency,), {}, jnp.zeros((), jnp.int32), init_counters(1), init_counters(1))
-        slots = ExpertSlots(() if inputs.slots is None else (inputs.slots,), flow.staging, residency)
-        return one.experts(ExpertStore((inputs.weights,)), slots, admits=False)
+    def _experts(self, inputs: list[LayerInputs], staging: Halves) -> ResidentExperts | OffloadedExperts:
+        """Those of a model of these layers alone."""
+        number, zero = len(inputs), jnp.zeros((), jnp.int32)
+        steps = dataclasses.replace(self.steps, layout=dataclasses.replace(self.steps.layout, num_layers=number))
+        layers = tuple(each.residency for each in inputs if each.residency is not None)
+        residency = Residency(layers, {}, zero, init_counters(number), init_counters(number))
+        slots = tuple(each.slots for each in inputs if each.slots is not None)
+        weights = tuple(each.weights for each in inputs if each.weights is not None)
+        return steps.experts(ExpertStore(weights), ExpertSlots(slots, staging, residency), admits=False)
 
     @functools.partial(StepJit, static_argnames=("mode",), donate_argnames=("state",), repeats=False)
     def prefill_end(
@@ -249,6 +260,13 @@ class Prefill:
     def _ends(self, params: Params) -> Decoder:
         """The decoder without its layers."""
         return build_decoder(self.steps.config, params, self.steps.implementation, with_layers=False)
+
+
+def _parts(num_layers: int) -> list[slice]:
+    """As few parts as can be, of as many layers each as far as that goes: then they share a program."""
+    num_parts = -(-num_layers // MOST_LAYERS)
+    size = -(-num_layers // num_parts)
+    return [slice(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
 
 def _counted(state: DecodeState, placed: Placed, counters: list[Counters]) -> DecodeState:

@@ -43,14 +43,19 @@ class DecodeState:
 
 
 def init_state(
-    config: ModelConfig, batch_size: int, max_seq_len: int, budget: Sequence[int] | np.ndarray, experts: ExpertSlots
+    config: ModelConfig,
+    batch_size: int,
+    max_seq_len: int,
+    budget: Sequence[int] | np.ndarray,
+    experts: ExpertSlots,
+    cache: KVCache | None = None,
 ) -> DecodeState:
-    """A batch that has seen nothing; sequence b may produce budget[b] tokens.
+    """A batch that has seen nothing; sequence b may produce budget[b] tokens. `cache` is an empty one, if there is one.
 
     Everything is committed to its device, as a step's outputs are: else the second call would compile anew.
     """
     state = DecodeState(
-        cache=init_kv_cache(config, batch_size, max_seq_len),
+        cache=cache or init_kv_cache(config, batch_size, max_seq_len),
         experts=experts,
         last_tokens=jnp.zeros((batch_size,), jnp.int32),
         last_logprobs=jnp.zeros((batch_size,), jnp.float32),

@@ -56,11 +56,10 @@ class Placed:
 class DecoderLayer(nnx.Module):
     """Pre-norm attention, then either a router (whose experts live elsewhere) or a dense MLP."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
+    def __init__(self, config: ModelConfig, is_moe: bool, *, rngs: nnx.Rngs, implementation: str | None = "reference"):
         self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         self.attention = Attention(config, rngs=rngs, implementation=implementation)
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
-        is_moe = layer in config.moe_layers
         self.router = Router(config, rngs=rngs, implementation=implementation) if is_moe else None
         self.mlp = (
             None if is_moe else DenseMLP(config.hidden_size, config.intermediate_size, dtype=config.dtype, rngs=rngs)
@@ -73,7 +72,7 @@ class DecoderLayer(nnx.Module):
         placed: Placed,
         cache: KVCache,
         layer: int,
-        moe: MoE | None,
+        moe: MoE,
         moe_layer: int,
         carry: Any,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], KVCache, Any]:
@@ -88,13 +87,12 @@ class DecoderLayer(nnx.Module):
         added, carry = self._feed_forward(x, placed.valid, moe, moe_layer, carry)
         return x, added, cache, carry
 
-    def _feed_forward(self, x: Float[Array, "B T D"], valid, moe: MoE | None, moe_layer: int, carry: Any):
+    def _feed_forward(self, x: Float[Array, "B T D"], valid, moe: MoE, moe_layer: int, carry: Any):
         """What is added to the residual stream x."""
         if self.mlp is not None:
             with jax.named_scope("mlp"):
                 return self.mlp(self.post_attention_norm(x)), carry
         assert self.router is not None  # a layer has one or the other
-        assert moe is not None
         with jax.named_scope("router"):
             routing, rows = self.router.after_norm(x, self.post_attention_norm, valid)  # rows [B*T, D]
         with jax.named_scope("prefetch"):
@@ -120,7 +118,10 @@ class Decoder(nnx.Module):
         num_layers = config.num_hidden_layers if with_layers else 0
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List(
-            [DecoderLayer(config, n, rngs=rngs, implementation=implementation) for n in range(num_layers)]
+            [
+                DecoderLayer(config, n in config.moe_layers, rngs=rngs, implementation=implementation)
+                for n in range(num_layers)
+            ]
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         tied = config.tie_word_embeddings
@@ -183,10 +184,10 @@ def build_decoder(
 
 
 def build_layer(
-    config: ModelConfig, layer: int, params: Mapping[str, Array], implementation: str | None = "reference"
+    config: ModelConfig, is_moe: bool, params: Mapping[str, Array], implementation: str | None = "reference"
 ) -> DecoderLayer:
-    """One layer, with its parameters by their path within it ("attention/o_proj/kernel"). As `build_decoder`."""
-    return _built(lambda rngs: DecoderLayer(config, layer, rngs=rngs, implementation=implementation), params)
+    """A layer, with its parameters by their path within it ("attention/o_proj/kernel"). As `build_decoder`."""
+    return _built(lambda rngs: DecoderLayer(config, is_moe, rngs=rngs, implementation=implementation), params)
 
 
 def _built[M: nnx.Module](make: Callable[[nnx.Rngs], M], params: Mapping[str, Array]) -> M:

@@ -1,6 +1,7 @@
 """The KV cache: per layer keys and values, per sequence a length. A rejected draft is a shorter length."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -24,8 +25,16 @@ class KVCache:
     lengths: Int[Array, " B"]
 
     @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
     def capacity(self) -> int:
         return self.keys[0].shape[1]
+
+    def is_deleted(self) -> bool:
+        """Whether a step has taken it and not given it back."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self))
 
     def advanced(self, valid: Bool[Array, "B T"]) -> "KVCache":
         """With the valid ones of a step's tokens, which all layers have."""
@@ -52,6 +61,12 @@ def init_kv_cache(config: ModelConfig, batch_size: int, max_seq_len: int) -> KVC
         values=tuple(jnp.zeros(shape, config.dtype) for _ in layers),
         lengths=jnp.zeros((batch_size,), jnp.int32),
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def emptied(cache: KVCache) -> KVCache:
+    """With nothing in it, where it lies: for arrays that lie elsewhere XLA records CUDA graphs anew."""
+    return jax.tree.map(jnp.zeros_like, cache)
 
 
 def append(
