@@ -156,13 +156,14 @@ class Batch:
         """The tokens of one call of a jitted step: plain steps, or cycles.
 
         The next call is asked for before: the device goes on while the host takes this one's tokens apart. But a stop
-        string may make it needless, after a try (see `jmoe.decoding.contest`) it depends on how that went, and a
-        profiler is to see one call after the other.
+        string may make it needless, after a try (see `jmoe.decoding.contest`) it depends on how that went, a try is
+        not to take time from the call before, and a profiler is to see one call after the other.
         """
-        call, self._next = self._next or self._begin(), None
+        call, self._next = self._next or self._begin(self._choose()), None
         is_try = call.choice.num_steps is not None
         if self._runs_ahead and not is_try and self._tokens_left > call.num_steps:
-            self._next = self._begin()
+            choice = self._choose()
+            self._next = self._begin(choice) if choice.num_steps is None else None
         result = jax.device_get(call.result)  # all of it together: one wait
         start, self._last_end = max(call.start, self._last_end), time.perf_counter()
         if isinstance(result, Verified):
@@ -182,10 +183,12 @@ class Batch:
         """The most that a sequence may still produce, as far as is known."""
         return max(sequence.budget - len(sequence.token_ids) for sequence in self.sequences)
 
-    def _begin(self) -> _Call:
+    def _choose(self) -> Choice:
+        chooser = self.drafting or self.prefetching
+        return chooser.choose(self._num_active) if chooser else Choice(0)
+
+    def _begin(self, choice: Choice) -> _Call:
         start, drafting, capacity = time.perf_counter(), self.drafting, self.engine.runtime.decode_chunk
-        chooser = drafting or self.prefetching
-        choice = chooser.choose(self._num_active) if chooser else Choice(0)
         if drafting and choice.number:
             num_steps = self._num_steps(choice, drafting.num_cycles(capacity, choice.number))
             result = self._cycles(drafting, choice, num_steps)

@@ -47,7 +47,7 @@ class Drafting:
 
 
 def speculative_steps(steps: Steps, runtime: RuntimeConfig) -> SpeculativeSteps | None:
-    """The cycles that `runtime` asks for; None without drafts.
+    """The cycles that `runtime` asks for; None without drafts, or where "auto" could only find them slower.
 
     All experts that have a slot draft unless it says how many: acceptance grows with their number, and what they cost
     is device memory's bandwidth alone (docs/speculative.md). Raises ValueError for more than there are slots, and for a
@@ -61,12 +61,19 @@ def speculative_steps(steps: Steps, runtime: RuntimeConfig) -> SpeculativeSteps 
             f"draft_experts={wanted} are more than the {slots} slots of a layer, and only what has a slot can draft; "
             "ask for fewer, or give more --expert-slots"
         )
+    if runtime.draft == "auto" and (wanted or slots) == steps.layout.num_experts:
+        return None  # what drafts a token is the whole model: it takes a plain step for each token, then verifies
     config = DraftConfig(wanted or slots, runtime.draft_policy, runtime.draft_missing)
     return SpeculativeSteps(steps, config, runtime.most_draft_tokens)
 
 
-def drafting_line(steps: SpeculativeSteps, runtime: RuntimeConfig, layout: SlotLayout) -> str:
-    """What drafts, for people."""
+def drafting_line(steps: SpeculativeSteps | None, runtime: RuntimeConfig, layout: SlotLayout) -> str:
+    """What drafts, or why nothing does, for people."""
+    if steps is None:
+        return (
+            "no drafts, chosen automatically: every expert is resident and would draft, so that to draft a token takes "
+            "as long as to decode it; fewer --draft-experts may be faster for many sequences"
+        )
     number = f"{runtime.draft}" if isinstance(runtime.draft, int) else f"up to {runtime.draft_tokens}"
     how = "" if isinstance(runtime.draft, int) else ", as many as are fastest"
     config, chosen = steps.draft, "" if runtime.draft_experts else ", all that have a slot, chosen automatically"

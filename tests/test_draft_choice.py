@@ -24,10 +24,11 @@ class World:
     noise: float = 0.05
     hit_rate: float = 0.5
     seed: int = 0
+    switch_s: float = 0.0  # that a call takes longer which goes by another number than the one before
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.seconds, self.tokens, self.steps = 0.0, 0, dict[int, int]()
+        self.seconds, self.tokens, self.steps, self.last = 0.0, 0, dict[int, int](), 0
 
     def decode(self, chooser: Chooser, num_tokens: int) -> "World":
         """So many tokens for each sequence."""
@@ -41,6 +42,8 @@ class World:
 
     def call(self, number: int, count: int) -> DecodeCalls:
         before = self.seconds, self.tokens
+        self.seconds += self.switch_s * (number != self.last)
+        self.last = number
         for _ in range(count):
             self.seconds += self.cycle_s(number) * (1 + self.random.gauss(0, self.noise))
             self.tokens += sum(self._accepted(number) for _ in range(self.batch))
@@ -109,6 +112,28 @@ def test_where_drafts_lose_it_costs_a_percent(batch, num_tokens, token_s, verify
         assert lost <= SHARE * world.seconds + last
         assert world.seconds <= (1 + SHARE) * world.plain_s + last + 0.01 * world.plain_s  # noise of the sum
         assert world.steps[0] >= 0.6 * num_tokens
+
+
+@pytest.mark.parametrize("switch_s", [3.0, 20.0])
+@pytest.mark.parametrize("num_tokens", [1024, 4096])
+def test_what_it_takes_to_change_over_is_a_part_of_what_a_try_loses(num_tokens: int, switch_s: float) -> None:
+    for seed in range(3):
+        world = World(0.6, 0.4, 0.3, switch_s=switch_s, seed=seed).decode(chooser := draft_chooser(4), num_tokens)
+        first = 2 * switch_s + LEAST_CYCLES * 4 * 1.3  # what nobody could know
+        assert world.seconds <= (1 + SHARE) * world.plain_s + first + 0.01 * world.plain_s
+        assert chooser.contest(1).lost_s >= 2 * switch_s * 0.7
+        assert chooser.contest(1).best == 0
+
+
+def test_the_call_after_a_try_is_not_the_pace_of_the_best() -> None:
+    chooser, world = draft_chooser(1), World(1.0, 0.0, 0.0, noise=0.0, switch_s=8.0)
+    for number in (0, 1, 0):
+        chooser.record(1, number, world.call(number, 32))
+    contest = chooser.contest(1)
+    assert contest._paces[0].cycle_s == 1
+    assert contest.lost_s == pytest.approx(8 + 32 + 8)  # there, drafting in vain, and back
+    chooser.record(1, 0, world.call(0, 32))
+    assert contest.lost_s == pytest.approx(48)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])

@@ -10,6 +10,7 @@ from jmoe.config import RopeConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.decoding.speculative import SpeculativeSteps
 from jmoe.decoding.step import Steps
+from jmoe.drafting import drafting_line
 from jmoe.engine import Engine
 from jmoe.generation import Generation
 from jmoe.synthetic import byte_tokenizer
@@ -204,7 +205,7 @@ def test_auto_tries_drafts_and_changes_no_token(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_call_that_drafts_fewer_at_a_time_has_more_cycles(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No call may make more than decode_chunk=12 tokens of a sequence, and none makes room for fewer."""
-    made = engine(draft="auto", draft_tokens=3, expert_slots=8)
+    made = engine(draft="auto", draft_tokens=3, expert_slots=7)
     assert made.drafting is not None
     choice, tried = type(made.drafting.choose(1)), []
     monkeypatch.setattr(made.drafting, "choose", lambda count: choice(number))
@@ -213,6 +214,18 @@ def test_a_call_that_drafts_fewer_at_a_time_has_more_cycles(number: int, monkeyp
     same(generation, run(engine(), PROMPTS[:1], requests()[:1]))
     assert [call.num_steps for call in tried[:-1]] == [12 // (number + 1)] * (len(tried) - 1)
     assert len(tried) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_experts": 8}])
+def test_auto_drafts_nothing_where_the_whole_model_would_draft(options: dict[str, int]) -> None:
+    made = engine(draft="auto", expert_slots=8, **options)
+    assert made.drafting is None
+    same(run(made, PROMPTS, requests()), run(engine(), PROMPTS, requests()))
+    assert drafting_line(None, made.runtime, made.plan.layout).startswith(
+        "no drafts, chosen automatically: every expert"
+    )
+    assert engine(draft="auto", expert_slots=8, draft_experts=7).drafting is not None
+    assert engine(draft=2, expert_slots=8).drafting is not None, "asked for"
 
 
 # What is refused

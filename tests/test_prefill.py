@@ -31,12 +31,13 @@ def ran(expert_slots: int) -> tuple[list[tuple[int, ...]], ExpertCounts, Trace, 
 
 
 @pytest.mark.parametrize("expert_slots", [3, 8])
-@pytest.mark.parametrize("most_layers", [1, 2])  # of three, the second of which has no experts
+@pytest.mark.parametrize("most_layers", [1, 2, 3])  # of three, the second of which has no experts
 def test_nothing_depends_on_how_many_layers_a_program_has(
     expert_slots: int, most_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, counts, trace, scores = ran(expert_slots)
-    monkeypatch.setattr(prefill, "MOST_LAYERS", most_layers)
+    parts = prefill._parts
+    monkeypatch.setattr(prefill, "_parts", lambda num_layers, most: parts(num_layers, most_layers))
     in_parts, counts_in_parts, trace_in_parts, scores_in_parts = ran(expert_slots)
     assert in_parts == tokens
     assert counts_in_parts.hits + counts_in_parts.misses == counts.hits + counts.misses > 0
@@ -51,6 +52,6 @@ def test_nothing_depends_on_how_many_layers_a_program_has(
     [(1, [1]), (8, [8]), (9, [5, 4]), (12, [6, 6]), (27, [7, 7, 7, 6]), (48, [8] * 6), (94, [8] * 11 + [6])],
 )
 def test_parts_are_few_and_alike(num_layers: int, sizes: list[int]) -> None:
-    parts = prefill._parts(num_layers)
+    parts = prefill._parts(num_layers, 8)
     assert [part.stop - part.start for part in parts] == sizes
     assert [layer for part in parts for layer in range(num_layers)[part]] == list(range(num_layers))

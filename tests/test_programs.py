@@ -25,7 +25,7 @@ from tests.models import SMALL
 PROMPT = models.prompts(7)[0]
 GREEDY = SamplingParams(max_new_tokens=9)
 PLAIN = {"prefill_chunk": 16, "decode_chunk": 4}
-PARTS = ["decode", "prefill_begin", "prefill_end", "prefill_layers"]
+PARTS = ["decode", "prefill_begin", "prefill_end", "prefill_layers", "prefill_layers"]  # a layer of each kind
 
 
 def engine(directory: Path | None, say: Callable[[str], None] = lambda line: None, **runtime) -> Engine:
@@ -106,7 +106,7 @@ def test_decode_is_compiled_while_the_parts_of_prefill_are(
     monkeypatch.setattr(Programs, "_compiled", compile_together)
     monkeypatch.setattr(Call, "lower", lower_in_order)
     assert tokens(engine(tmp_path)) == kept[1]
-    assert order == [(name, True) for name in ("decode", "prefill_begin", "prefill_layers", "prefill_end")]
+    assert order == [(name, True) for name in ("decode", "prefill_begin", *["prefill_layers"] * 2, "prefill_end")]
     assert steps_in(tmp_path) == PARTS
 
 

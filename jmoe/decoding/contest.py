@@ -7,6 +7,8 @@ another is tried, in a call of a few steps. What tries may cost is bounded by th
   so far and the one expected of it stay below `SHARE` of the decode time so far. So all tries together lose no more
   than that share, plus what the last one cost beyond what was expected of it: which is paid back by waiting, since
   losses count as measured. Decoding starts with plain steps, and the first try waits for them.
+- The first call after a try pays for it too, for one: XLA records its CUDA graph anew. What it takes longer than usual
+  counts as the try's loss, and not for the pace of the best.
 - A number that lost waits until twice the time has been decoded: tries become rare exponentially. A changed hit rate
   ends the waiting, not the accounting.
 - A number becomes the best only after a proof (so many verified sequences), and `MARGIN` better than the last; it gives
@@ -135,6 +137,7 @@ class Contest:
         self._review_at = 0.0  # in decoded seconds
         self._reviews = FIRST_REVIEWS  # the share of the time
         self._usual_hits = 1.0
+        self._last = 0  # the number of the call before
 
     def choose(self, num_sequences: int) -> Choice:
         if self.best not in self._paces:
@@ -149,8 +152,9 @@ class Contest:
 
     def record(self, number: int, call: DecodeCalls) -> None:
         self.seconds += call.seconds
+        returns, self._last = number != self._last, number
         if number == self.best:
-            self._record_best(call)
+            self._record_best(call, returns)
         elif number == 0:
             self._record_review(call)
         else:
@@ -159,9 +163,13 @@ class Contest:
             self._usual_hits = self._paces[self.best].hit_rate
             self._waits_until = dict.fromkeys(self.numbers, 0.0)
 
-    def _record_best(self, call: DecodeCalls) -> None:
+    def _record_best(self, call: DecodeCalls, returns: bool) -> None:
         known = self._paces.get(self.best)
-        self._paces[self.best] = pace = known.and_then(call, self._proof) if known else Pace.of(call)
+        if known and returns and (loss_s := _loss_s(call, known.rate)) > 0:
+            self.lost_s += loss_s
+            pace = known
+        else:
+            self._paces[self.best] = pace = known.and_then(call, self._proof) if known else Pace.of(call)
         if known is None:
             self._usual_hits = pace.hit_rate
         if self.best != 0:

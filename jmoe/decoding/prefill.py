@@ -3,7 +3,8 @@
 A decode step is one program of all layers, since between two layers there is no time for the host. A chunk has so many
 tokens that the host is soon ahead of the device; and a program of all layers would take as long to compile as the model
 is deep, anew for each length of a chunk. To call a program takes the host a third of a millisecond beyond its kernels,
-so it is not of one layer.
+so it is not of one layer. But where experts stream, it is: then a layer has enough to do, and what copies and
+multiplies at the same time is a CUDA graph, which XLA records anew for other layers' arrays before the device begins.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from jmoe.experts.waves import Halves
 from jmoe.model.decoder import Decoder, Placed, build_decoder, build_layer, exact, params_of_layers
 from jmoe.model.kv_cache import KVCache
 
-MOST_LAYERS = 8  # of a program
+MOST_LAYERS = 8  # of a program where all experts are resident
 Params = Mapping[str, Array]
 KV = tuple[Float[Array, "B S K H"], ...]  # the keys, or the values, an array a layer
 Run = Callable[[Call], Any]
@@ -136,7 +137,7 @@ class Prefill:
         x, added, placed = run(Call(self, "prefill_begin", shape, (ends, cache.lengths, chunk), {}))
         flow, counters, routed = Flow(x, added, experts.staging), [], []
         inputs, keys, values = self._inputs(of_layers, store, experts), (), ()
-        for part in _parts(len(inputs)):
+        for part in _parts(len(inputs), 1 if self.in_waves() else MOST_LAYERS):
             kinds = tuple(each.weights is not None for each in inputs[part])
             args = inputs[part], (cache.keys[part], cache.values[part]), flow, placed
             new, flow, counted, chosen = run(Call(self, "prefill_layers", (shape, kinds), args, {}))
@@ -262,9 +263,9 @@ class Prefill:
         return build_decoder(self.steps.config, params, self.steps.implementation, with_layers=False)
 
 
-def _parts(num_layers: int) -> list[slice]:
+def _parts(num_layers: int, most: int) -> list[slice]:
     """As few parts as can be, of as many layers each as far as that goes: then they share a program."""
-    num_parts = -(-num_layers // MOST_LAYERS)
+    num_parts = -(-num_layers // most)
     size = -(-num_layers // num_parts)
     return [slice(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
