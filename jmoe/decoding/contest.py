@@ -4,11 +4,13 @@ What counts is the pace: tokens that a sequence gets in a second. The best way k
 another is tried, in a call of a few steps. What tries may cost is bounded by their design:
 
 - A try's loss is its time less the time that the best needed for as many tokens. A try is made only while the losses
-  so far and the one expected of it stay below `SHARE` of the decode time so far. So all tries together lose no more
-  than that share, plus what the last one cost beyond what was expected of it: which is paid back by waiting, since
-  losses count as measured. Decoding starts with plain steps, and the first try waits for them.
-- The first call after a try pays for it too, for one: XLA records its CUDA graph anew. What it takes longer than usual
-  counts as the try's loss, and not for the pace of the best.
+  so far and the one expected of it stay below `SHARE` of the decode time so far; it goes on while it gains. So all
+  tries together lose no more than that share, plus what the last one cost beyond what was expected of it: which is paid
+  back by waiting, since losses count as measured. Decoding starts with plain steps, and the first try waits for them.
+- To change over takes time of its own: XLA records CUDA graphs anew, and the host waits. So a try, or a review, begins
+  with a step or cycle that says nothing of its pace, and ends with a call of the best that says nothing of that one's.
+  What both lost counts as the try's, and is expected of the next one; of the first, `CHANGE_S`. (A review's does not:
+  it is a part of the gain.)
 - A number that lost waits until twice the time has been decoded: tries become rare exponentially. A changed hit rate
   ends the waiting, not the accounting.
 - A number becomes the best only after a proof (so many verified sequences), and `MARGIN` better than the last; it gives
@@ -32,7 +34,8 @@ MARGIN = 1.02
 HOPELESS = 0.8  # of the best pace: no need of proof
 FIRST_REVIEWS, REVIEWS = 1 / 8, 1 / 32  # of the decode time, that plain steps take while another number is the best
 CALLS_OF_PROOF = 4  # calls that make a proof, of a try or a review
-LEAST_CYCLES = 2  # of a try: the first after plain steps has the worst drafts
+LEAST_PROOF = 2  # verified sequences of a call that is measured
+CHANGE_S = 0.02  # seconds; 5 to 22 ms were seen on an H200
 OTHER_HITS = 0.1  # hit rates that differ by so much are of different times
 
 
@@ -138,23 +141,49 @@ class Contest:
         self._reviews = FIRST_REVIEWS  # the share of the time
         self._usual_hits = 1.0
         self._last = 0  # the number of the call before
+        self._measured: int | None = None  # what the next call is to measure: that before was for changing over
+        self._change_s, self._there_s = CHANGE_S, 0.0  # there and back, as last seen; and there, this time
 
     def choose(self, num_sequences: int) -> Choice:
         if self.best not in self._paces:
             return Choice(self.best)
+        if self._measured is not None:
+            return Choice(self._measured, self._size(self._measured, num_sequences))
+        if self._gains_so_far(self._last):
+            return Choice(self._last, self._size(self._last, num_sequences))
         if self.best != 0 and self._review_at <= self.seconds:
-            return Choice(0, self._few(num_sequences))
+            return self._choice(0, num_sequences)
         others = [n for n in self.numbers if n not in (0, self.best) and self._waits_until[n] <= self.seconds]
         for number in sorted(others, key=lambda n: -self._expected_rate(n)):
-            if cycles := self._affordable(number, num_sequences):
-                return Choice(number, cycles)
+            if self._is_affordable(number, num_sequences):
+                return self._choice(number, num_sequences)
         return Choice(self.best)
+
+    def _gains_so_far(self, number: int) -> bool:
+        """Whether a try of it is under way, and was faster than the best: to end it would only be to change over."""
+        return not self._is_over[number] and self._paces[number].rate > self._paces[self.best].rate
+
+    def _choice(self, number: int, num_sequences: int) -> Choice:
+        """Of a try or review: first one step or cycle, to change over."""
+        return Choice(number, 1 if self._changes(number) else self._size(number, num_sequences))
+
+    def _size(self, number: int, num_sequences: int) -> int:
+        """Steps or cycles of a call of a try, or a review; a try begins with as few as say anything."""
+        is_first = number != 0 and self._is_over[number]
+        least = LEAST_PROOF if is_first else max(LEAST_PROOF, self._proof / CALLS_OF_PROOF)
+        return math.ceil(least / num_sequences)
+
+    def _changes(self, number: int) -> bool:
+        """Whether the next call would run another program: plain steps are one, and all other numbers one together."""
+        return (number == 0) != (self._last == 0)
 
     def record(self, number: int, call: DecodeCalls) -> None:
         self.seconds += call.seconds
-        returns, self._last = number != self._last, number
-        if number == self.best:
-            self._record_best(call, returns)
+        changes, self._last, self._measured = self._changes(number), number, None
+        if changes and self.best in self._paces:
+            self._record_change(number, call)
+        elif number == self.best:
+            self._record_best(call)
         elif number == 0:
             self._record_review(call)
         else:
@@ -163,13 +192,22 @@ class Contest:
             self._usual_hits = self._paces[self.best].hit_rate
             self._waits_until = dict.fromkeys(self.numbers, 0.0)
 
-    def _record_best(self, call: DecodeCalls, returns: bool) -> None:
-        known = self._paces.get(self.best)
-        if known and returns and (loss_s := _loss_s(call, known.rate)) > 0:
-            self.lost_s += loss_s
-            pace = known
+    def _record_change(self, number: int, call: DecodeCalls) -> None:
+        """The first call of another program than that before: there, or back."""
+        if number != self.best:
+            self._measured = number
+        if self.best != 0:
+            return  # a review
+        loss_s = max(0.0, _loss_s(call, self._paces[0].rate))
+        self.lost_s += loss_s
+        if number != 0:
+            self._there_s = loss_s
         else:
-            self._paces[self.best] = pace = known.and_then(call, self._proof) if known else Pace.of(call)
+            self._change_s, self._there_s = self._there_s + loss_s, 0.0
+
+    def _record_best(self, call: DecodeCalls) -> None:
+        known = self._paces.get(self.best)
+        self._paces[self.best] = pace = known.and_then(call, self._proof) if known else Pace.of(call)
         if known is None:
             self._usual_hits = pace.hit_rate
         if self.best != 0:
@@ -218,19 +256,13 @@ class Contest:
     def _give_up(self, number: int) -> None:
         self._waits_until[number], self._is_over[number] = 2 * self.seconds, True
 
-    def _affordable(self, number: int, num_sequences: int) -> int:
-        """Cycles of a try; 0 where what it may lose is more than is left."""
+    def _is_affordable(self, number: int, num_sequences: int) -> bool:
+        """Whether what a call of a try may lose is left to be lost: of an unknown number all but a token a cycle."""
         seconds, tokens = self._expected(self._paces, number)
-        loss_s = seconds - tokens / self._paces[self.best].rate
-        wanted = self._few(num_sequences)
-        if loss_s <= 0:
-            return wanted
-        left = int((SHARE * self.seconds - self.lost_s) / loss_s)
-        return min(wanted, left) if left >= LEAST_CYCLES else 0
-
-    def _few(self, num_sequences: int) -> int:
-        """Steps or cycles of a call of a try, or a review."""
-        return max(LEAST_CYCLES, math.ceil(self._proof / CALLS_OF_PROOF / num_sequences))
+        loss_s = seconds - (tokens if number in self._paces else 1.0) / self._paces[self.best].rate
+        change_s = self._change_s if self._changes(number) else 0.0
+        left_s = SHARE * self.seconds - self.lost_s - change_s
+        return loss_s <= 0 or self._size(number, num_sequences) * loss_s <= left_s
 
     def _expected_rate(self, number: int) -> float:
         seconds, tokens = self._expected(self._paces, number)
