@@ -26,8 +26,8 @@ class StepJit:
     """jax.jit of a method of steps, which are its static `self`; to be used as a decorator.
 
     `overlaps`, of the same positional arguments, says whether a call has copies that are to run beside its arithmetic.
-    `repeats` is false for what a generation calls once, on a KV cache of its own: XLA would record a CUDA graph anew,
-    as arrays lie elsewhere, to launch it once. So it is a graph only where copies overlap.
+    `repeats` is false for what is called once after the other with other layers' arrays: XLA would record a CUDA graph
+    anew to launch it once. So it is a graph only where copies overlap.
 
     Where the steps' `profiled` is true the host launches each turn of a loop: of what a CUDA graph repeats a profiler
     sees one turn only.
@@ -41,13 +41,13 @@ class StepJit:
         **jit_options: Any,
     ):
         jit_options["static_argnames"] = ("self", *jit_options.get("static_argnames", ()))
-        self._overlaps, self._repeats = overlaps, repeats
-        self._programs: dict[tuple[bool, bool], Any] = {
-            (profiled, overlapping): jax.jit(
-                fun, compiler_options=_options(profiled, overlapping, repeats), **jit_options
-            )
-            for profiled, overlapping in itertools.product((False, True), repeat=2)
-        }
+        self._overlaps = overlaps
+        self._programs: dict[tuple[bool, bool], Any] = {}
+        self._distinct: dict[str, Any] = {}  # by the compiler's options
+        for profiled, overlapping in itertools.product((False, True), repeat=2):
+            options = _options(profiled, overlapping, repeats)
+            program = self._distinct.setdefault(str(options), jax.jit(fun, compiler_options=options, **jit_options))
+            self._programs[profiled, overlapping] = program
 
     def __get__(self, steps: Any, owner: type) -> Any:
         return self if steps is None else types.MethodType(self, steps)
@@ -65,9 +65,8 @@ class StepJit:
         return self._programs[steps.profiled, self._overlaps(steps, *args)]
 
     def _cache_size(self) -> int:
-        """How many programs were compiled, as `jax.jit` says it: of equal options these are the same."""
-        distinct = {str(_options(*kind, self._repeats)): program for kind, program in self._programs.items()}
-        return sum(program._cache_size() for program in distinct.values())
+        """How many programs were compiled, as `jax.jit` says it."""
+        return sum(program._cache_size() for program in self._distinct.values())
 
 
 @dataclasses.dataclass(frozen=True)
