@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jmoe import programs
@@ -18,6 +19,8 @@ from jmoe.config import RuntimeConfig
 from jmoe.decoding.compiled import Call
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
+from jmoe.experts.execute_guess import ExecutedGuess
+from jmoe.experts.prefetch import make_predictor
 from jmoe.programs import Programs
 from tests import models
 from tests.models import SMALL
@@ -108,6 +111,18 @@ def test_decode_is_compiled_while_the_parts_of_prefill_are(
     assert tokens(engine(tmp_path)) == kept[1]
     assert order == [(name, True) for name in ("decode", "prefill_begin", *["prefill_layers"] * 2, "prefill_end")]
     assert steps_in(tmp_path) == PARTS
+
+
+def test_guesses_of_other_layers_are_another_program(tmp_path: Path) -> None:
+    kept, direct = engine(tmp_path), engine(None)
+    predictor = make_predictor(SMALL, kept.weights.params)
+    scores = []
+    for layers in ((1,), ()):
+        executed = ExecutedGuess(predictor, layers, SMALL.norm_topk_prob)
+        scores += [kept.score([PROMPT], executed)[0]]
+        np.testing.assert_array_equal(scores[-1], direct.score([PROMPT], executed)[0])
+    np.testing.assert_allclose(scores[1], direct.score([PROMPT])[0], atol=1e-5)
+    assert np.abs(scores[0] - scores[1]).max() > 1e-3
 
 
 def test_what_fails_to_compile_beside_something_else_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,8 @@ class Prefill:
         """
         shape = chunk.token_ids.shape
         if executed is not None:
-            return run(Call(self, "prefill_guessed", shape, (params, store, state, chunk, executed), {}))
+            of_guess = shape, jax.tree.structure(executed)  # which layers, and how
+            return run(Call(self, "prefill_guessed", of_guess, (params, store, state, chunk, executed), {}))
         ends, state, inputs, _ = self._through_layers(params, store, state, chunk, run)
         return run(Call(self, "prefill_hidden", shape, (ends, state, *inputs), {}))
 
