@@ -54,9 +54,9 @@ class Engine:
     One generation runs at a time. `config` is the model, `plan` says where bytes went, `link_ceiling_gbps` is the
     measured speed of plain copies to the device (None if not measured), `fingerprint` is the checkpoint's ("" if
     unknown), `experience_dir` has a file of what each policy learns (None: nothing keeps it), the first of
-    `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts
-    that may gain something,
-    and `prefetching` unless it asks for a prefetch and some expert is not resident. `programs` runs the steps.
+    `affinity_files` that can be how alike the experts are. `drafting` is None unless `runtime` asks for drafts that may
+    gain something, and `prefetching` unless it asks for a prefetch and some expert is not resident. `prefill` takes in
+    prompts, `steps` decode, and `programs` runs both.
     `calibration` is what `predictor` guesses with, unless another is given; without one it is the next layer's router
     alone. `executed` is None unless `runtime` asks to execute guesses, and some layer passes its gate: then it is the
     `predictor` as well, and decoding says other things.
