@@ -26,6 +26,7 @@ class World:
     hit_rate: float = 0.5
     seed: int = 0
     switch_s: float = 0.0  # that a call takes longer which goes by another number than the one before
+    scale: float = 1.0  # of all times but the last
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -60,7 +61,7 @@ class World:
         )
 
     def cycle_s(self, number: int) -> float:
-        return 1 + number * (self.token_s + self.verify_s)
+        return self.scale * (1 + number * (self.token_s + self.verify_s))
 
     def _accepted(self, number: int) -> int:
         return 1 + next((n for n in range(number) if self.random.random() >= self.accepts), number)
@@ -68,7 +69,7 @@ class World:
     @property
     def plain_s(self) -> float:
         """What plain steps take for the same tokens."""
-        return self.tokens / self.batch
+        return self.scale * self.tokens / self.batch
 
     def best_s(self, numbers: tuple[int, ...]) -> float:
         """What the best of the numbers takes for the same tokens."""
@@ -113,6 +114,29 @@ def test_where_drafts_lose_it_costs_a_percent(batch, num_tokens, token_s, verify
         assert lost <= SHARE * world.seconds + last
         assert world.seconds <= (1 + SHARE) * world.plain_s + last + 0.01 * world.plain_s  # noise of the sum
         assert world.steps[0] >= 0.6 * num_tokens
+
+
+@pytest.mark.parametrize(("num_tokens", "most"), [(256, 1.024), (512, 1.012), (4096, 1.012)])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize(("token_s", "verify_s", "accepts"), [(0.6, 0.4, 0.3), (1.0, 1.0, 0.0), (0.3, 0.2, 0.4)])
+def test_how_much_longer_losing_drafts_make_it(batch, num_tokens, most, token_s, verify_s, accepts) -> None:
+    """Where nothing is noise."""
+    for seed in range(4):
+        world = World(token_s, verify_s, accepts, batch, noise=0.0, seed=seed).decode(draft_chooser(4), num_tokens)
+        assert world.seconds <= most * world.plain_s
+
+
+@pytest.mark.parametrize("plain_s", [9.7e-3, 5e-3])
+def test_times_like_those_of_a_gpu(plain_s: float) -> None:
+    """A plain step of some ms, and 10 ms to change over; as many tokens as plain steps decode in six seconds."""
+    gains, losses = [], []
+    for seed in range(12):
+        times = {"scale": plain_s, "switch_s": 0.01, "seed": seed}
+        for accepts, ratios in ((0.85, gains), (0.2, losses)):
+            world = World(0.3, 0.3, accepts, **times).decode(draft_chooser(4), round(6 / plain_s))
+            ratios.append(world.seconds / world.plain_s)
+    assert statistics.mean(gains) < 0.98
+    assert max(losses) < 1.015
 
 
 @pytest.mark.parametrize("switch_s", [3.0, 20.0])

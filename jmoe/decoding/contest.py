@@ -35,7 +35,7 @@ HOPELESS = 0.8  # of the best pace: no need of proof
 FIRST_REVIEWS, REVIEWS = 1 / 8, 1 / 32  # of the decode time, that plain steps take while another number is the best
 CALLS_OF_PROOF = 4  # calls that make a proof, of a try or a review
 LEAST_PROOF = 2  # verified sequences of a call that is measured
-CHANGE_S = 0.02  # seconds; 5 to 22 ms were seen on an H200
+CHANGE_S = 0.02  # seconds; 5 to 22 ms were seen
 OTHER_HITS = 0.1  # hit rates that differ by so much are of different times
 
 

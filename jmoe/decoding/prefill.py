@@ -74,6 +74,20 @@ class Flow:
     staging: Halves
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Passed:
+    """A chunk behind the last layer: x and what is to be added to it, where its tokens lie, and of each program that
+    had mixtures of experts what they asked for and, if the steps record, routed.
+    """
+
+    x: Float[Array, "B T D"]
+    added: Float[Array, "B T D"]
+    placed: Placed
+    counters: list[Counters]
+    routed: list[Routed]
+
+
 @dataclasses.dataclass(frozen=True)
 class Prefill:
     """How a model takes in prompts: static and quickly hashed, as `Steps`. Nothing is admitted, see `OffloadedExperts`.
@@ -105,8 +119,8 @@ class Prefill:
 
         Also what was routed, if the steps record. `state` is donated.
         """
-        ends, state, inputs, routed = self._through_layers(params, store, state, chunk, run)
-        args = ends, state, *inputs, routed, chunk.is_last, sampling
+        ends, state, passed = self._through_layers(params, store, state, chunk, run)
+        args = ends, state, passed, chunk.is_last, sampling
         return run(Call(self, "prefill_end", chunk.token_ids.shape, args, {"mode": mode}))
 
     def hidden(
@@ -127,12 +141,13 @@ class Prefill:
         if executed is not None:
             of_guess = shape, jax.tree.structure(executed)  # which layers, and how
             return run(Call(self, "prefill_guessed", of_guess, (params, store, state, chunk, executed), {}))
-        ends, state, inputs, _ = self._through_layers(params, store, state, chunk, run)
-        return run(Call(self, "prefill_hidden", shape, (ends, state, *inputs), {}))
+        ends, state, passed = self._through_layers(params, store, state, chunk, run)
+        return run(Call(self, "prefill_hidden", shape, (ends, state, passed), {}))
 
-    def _through_layers(self, params: Params, store: ExpertStore, state: DecodeState, chunk: Chunk, run: Run):
-        """The parameters around the layers; the state with all that layers change; x, what is to be added to it, where
-        the tokens lie and what was counted, as `prefill_end` takes them; what was routed."""
+    def _through_layers(
+        self, params: Params, store: ExpertStore, state: DecodeState, chunk: Chunk, run: Run
+    ) -> tuple[Params, DecodeState, Passed]:
+        """The parameters around the layers, the state with all that layers change, and what they leave."""
         of_layers, ends = params_of_layers(params, self.steps.config.num_hidden_layers)
         shape, cache, experts = chunk.token_ids.shape, state.cache, state.experts
         x, added, placed = run(Call(self, "prefill_begin", shape, (ends, cache.lengths, chunk), {}))
@@ -147,7 +162,7 @@ class Prefill:
             routed += [] if chosen is None else [chosen]
         cache = KVCache(keys, values, cache.lengths)
         state = dataclasses.replace(state, cache=cache, experts=dataclasses.replace(experts, staging=flow.staging))
-        return ends, state, (flow.x, flow.added, placed, counters), routed
+        return ends, state, Passed(flow.x, flow.added, placed, counters, routed)
 
     def _inputs(self, of_layers: list[dict[str, Array]], store: ExpertStore, experts: ExpertSlots) -> list[LayerInputs]:
         numbers = {layer: number for number, layer in enumerate(self.steps.config.moe_layers)}
@@ -213,20 +228,16 @@ class Prefill:
         self,
         params: Params,
         state: DecodeState,
-        x: Float[Array, "B T D"],
-        added: Float[Array, "B T D"],
-        placed: Placed,
-        counters: list[Counters],
-        routed: list[Routed],
+        passed: Passed,
         is_last: Bool[Array, " B"],
         sampling: Sampling,
         *,
         mode: Mode,
     ) -> tuple[DecodeState, Routed | None]:
         """The tokens of those prompts that end, from what the last layer left."""
-        state, ends = _counted(state, placed, counters), self._ends(params)
-        at = jnp.maximum(jnp.sum(placed.valid, axis=1) - 1, 0)[:, None, None]
-        x, added = (jnp.take_along_axis(each, at, axis=1) for each in (x, added))  # [B, 1, D]
+        state, ends, routed = _counted(state, passed), self._ends(params), passed.routed
+        at = jnp.maximum(jnp.sum(passed.placed.valid, axis=1) - 1, 0)[:, None, None]
+        x, added = (jnp.take_along_axis(each, at, axis=1) for each in (passed.x, passed.added))  # [B, 1, D]
         with jax.named_scope("prefill"):
             with exact(self.steps.config.dtype):
                 hidden = ends.finish(x, added)
@@ -238,17 +249,11 @@ class Prefill:
 
     @functools.partial(StepJit, donate_argnames=("state",), repeats=False)
     def prefill_hidden(
-        self,
-        params: Params,
-        state: DecodeState,
-        x: Float[Array, "B T D"],
-        added: Float[Array, "B T D"],
-        placed: Placed,
-        counters: list[Counters],
+        self, params: Params, state: DecodeState, passed: Passed
     ) -> tuple[Float[Array, "B T D"], DecodeState]:
         """The hidden states, from what the last layer left."""
         with exact(self.steps.config.dtype):
-            return self._ends(params).finish(x, added), _counted(state, placed, counters)
+            return self._ends(params).finish(passed.x, passed.added), _counted(state, passed)
 
     @functools.partial(StepJit, donate_argnames=("state",), overlaps=in_waves, repeats=False)
     def prefill_guessed(
@@ -271,10 +276,10 @@ def _parts(num_layers: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
 
-def _counted(state: DecodeState, placed: Placed, counters: list[Counters]) -> DecodeState:
+def _counted(state: DecodeState, passed: Passed) -> DecodeState:
     """After a chunk: with its tokens in the KV cache, and what its layers asked for."""
     residency = state.experts.residency
-    of_chunk = jax.tree.map(lambda *layers: jnp.concatenate(layers), *counters)
+    of_chunk = jax.tree.map(lambda *layers: jnp.concatenate(layers), *passed.counters)
     residency = dataclasses.replace(residency, prefill=jax.tree.map(jnp.add, residency.prefill, of_chunk))
     experts = dataclasses.replace(state.experts, residency=residency)
-    return dataclasses.replace(state, cache=state.cache.advanced(placed.valid), experts=experts)
+    return dataclasses.replace(state, cache=state.cache.advanced(passed.placed.valid), experts=experts)
