@@ -121,9 +121,18 @@ def test_random_prompts_take_no_file(capsys: pytest.CaptureFixture[str]) -> None
     assert "--prompts: not allowed with --config" in capsys.readouterr().err
 
 
-def test_nothing_to_time_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ask for more --new-tokens than --decode-chunk"):
-        timing([], batch_size=1)
+def test_nothing_to_time_is_an_error_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--config", str(TINY), *SIZES, "--new-tokens", "3"])
+    said = capsys.readouterr().err
+    assert "--new-tokens: of 3 prefill makes one, and the first call, of 2 (--decode-chunk), is not timed" in said
+
+
+def test_the_fewest_new_tokens_are_timed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode.memory, "measure_link_gbps", lambda: 2.0)
+    monkeypatch.setattr(bench_decode, "memory_gbps", lambda: 3.0)
+    argv = ["--model", str(model), "--shares", "0.5", *SIZES, "--layers", "1", "--new-tokens", "4"]
+    assert bench_decode.main(argv) == 0
 
 
 def test_timing_by_hand() -> None:

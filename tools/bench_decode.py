@@ -95,6 +95,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "argument --prefetch-experts: is what --prefetch lookahead, activation, both or oracle brings; "
             "add one of them"
         )
+    if args.new_tokens < args.decode_chunk + 2:
+        parser.error(
+            f"argument --new-tokens: of {args.new_tokens} prefill makes one, and the first call, of "
+            f"{args.decode_chunk} (--decode-chunk), is not timed; give {args.decode_chunk + 2} at least"
+        )
     if args.prefetch == "oracle" and len(args.batch_sizes) > 1:
         parser.error("argument --prefetch: oracle knows what one of --batch-sizes asks for; give one")
     args.prompts = args.prompts or PROMPTS
