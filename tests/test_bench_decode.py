@@ -159,6 +159,16 @@ def test_a_row_for_each_amount_that_is_prefetched(bench) -> None:
     assert ahead["mb_per_token"] == pytest.approx(plain["mb_per_token"] + ahead["wasted_mb"])
 
 
+def test_on_demand_fetches_all_that_is_asked_for(bench) -> None:
+    report = json.loads(bench("--shares", "0.25", "0", "--no-reference")[-1])
+    on_demand, kept = report["rows"]
+    assert (on_demand["share"], kept["share"]) == (0, 0.25)
+    assert on_demand["slots"] == kept["slots"] == 4
+    assert on_demand["hit_rate"] == 0 < kept["hit_rate"]
+    assert on_demand["mb_per_token"] == pytest.approx(report["card"]["routed_mb_per_token"], abs=0.05)
+    assert kept["mb_per_token"] == pytest.approx(on_demand["mb_per_token"] * (1 - kept["hit_rate"]))
+
+
 def test_a_row_for_each_batch_size(bench) -> None:
     lines = bench("--shares", "0.5", "--batch-sizes", "3", "1", "--layers", "1")
     alone, three, reference, reference_of_three = json.loads(lines[-1])["rows"]

@@ -2,13 +2,16 @@
 
     python -m tools.bench_decode --config configs/models/qwen3-30b-a3b.toml --layers 12 --random-weights flat
     python -m tools.bench_decode --model path/to/checkpoint --shares 0.25 1 --batch-sizes 1 8 32
+    python -m tools.bench_decode --model path/to/checkpoint --shares 0 0.5
     python -m tools.bench_decode --model path/to/checkpoint --prefetch lookahead --prefetch-experts 0 0.25 0.5 1
     python -m tools.bench_decode --model path/to/checkpoint --prefetch both --prefetch-experts 0.5
     python -m tools.bench_decode --model path/to/checkpoint --prefetch oracle --prefetch-experts 0 1 2 4
 
 Prints a card first, a table, and one line of JSON last. The last row, "reference", is the same model with every expert
-on the device and no slots at all. A checkpoint continues real text, random weights random token ids, which they route
-as their scales make them (see `jmoe.synthetic`): so a figure of theirs means something only beside its hit rate.
+on the device and no slots at all. --shares 0 is on demand: as many slots as a token has experts, and nothing in them
+is kept from step to step (`tools/on_demand.py`). A checkpoint continues real text, random weights random token ids,
+which they route as their scales make them (see `jmoe.synthetic`): so a figure of theirs means something only beside its
+hit rate.
 
 `link_gbps` and `percent_of_roofline` go by the bytes that crossed the link and the link's ceiling in this run;
 `hbm_gbps` and `percent_of_hbm` by the weights that a step has to read from device memory (the trunk's without the
@@ -53,6 +56,7 @@ from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
 from tools.command import exit_code
 from tools.decode_table import print_row, timing
+from tools.on_demand import keep_nothing
 from tools.oracle import Oracle
 from tools.random_weights import random_weights
 from tools.reference_decode import reference_row
@@ -68,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--config", help="configs/models/*.toml, with --random-weights")
     parser.add_argument("--random-weights", choices=("sticky", "flat"), default="flat")
     parser.add_argument("--layers", type=int, help="number of decoder layers, if not the configuration's")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0], help="ascending")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0], help="0: on demand")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="rows of each, ascending")
     parser.add_argument("--prompts", type=Path, help=f"with --model: JSON lines (default: {PROMPTS.name} of configs)")
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -235,7 +239,10 @@ class Bench:
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
         runtime = self.runtime(batch_size, slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
-        engine = Engine.start(self.config, runtime, lambda: self.weights, programs=kept_programs(), **knows)
+        programs = kept_programs() if share else None  # a kept file does not go by what is a tool's
+        engine = Engine.start(self.config, runtime, lambda: self.weights, programs=programs, **knows)
+        if not share:
+            keep_nothing(engine)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
