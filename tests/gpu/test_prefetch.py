@@ -143,12 +143,13 @@ def test_the_clock_counts_ns() -> None:
     for _ in range(10):
         times.append(now(times[-1]))
     assert all(0 < ns_between(*two) < 1e9 for two in itertools.pairwise(times))
-    before, start = now(first).block_until_ready(), time.perf_counter()
+    start = time.perf_counter()
+    before, known = now(first).block_until_ready(), time.perf_counter()
     time.sleep(0.2)
-    asked = time.perf_counter() - start
+    slept = time.perf_counter() - known
     after = now(first).block_until_ready()
-    took = time.perf_counter() - start
-    assert 0.99e9 * asked < ns_between(before, after) < 1.01e9 * took + 1e6
+    took = time.perf_counter() - start  # other programs on the device may come before either reading, or after
+    assert 0.99e9 * slept < ns_between(before, after) < 1.01e9 * took
 
 
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
