@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="converted or Hugging Face directory, or hub id; default: a tiny random model")
+    parser.add_argument("--model", help="converted or Hugging Face directory, or hub id; default: the demo model")
     parser.add_argument("--router", type=Path, metavar="FILE", help="tuned routers of that model, instead of its own")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 files, each a document")
