@@ -44,6 +44,7 @@ def test_every_way_has_a_row(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     assert all(row["num_tokens"] == 2 * 9 and row["tokens"] == rows[0]["tokens"] for row in rows), "in float32"
+    assert rows[0]["hit rate"] == 0 < rows[1]["hit rate"], "in as many slots"
     drafts = rows[3]
     assert drafts["steps_by_draft_tokens"].keys() == {"2"}
     assert 0 <= drafts["acceptance"] <= 1 <= drafts["tokens/step"] <= 3
@@ -61,6 +62,19 @@ def test_a_large_batch_of_random_weights_is_measured_and_what_cannot_be_is_skipp
     assert (measured["batch"], measured["γ"], measured["N"], measured["num_tokens"]) == (64, 4, 2, 64 * 6)
     assert "draft_experts=9 are more than the 4 slots" in skipped["skipped"]
     assert lines[-2].startswith("skipped: drafts, batch 64, 4 slots: draft_experts=9")
+
+
+def test_batches_are_decoded_one_after_another(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--batch-sizes 2 --shares 0.5 --draft-tokens 2 --ways plain auto --batches".split()
+    tokens = []
+    for batches in ("1", "3"):
+        assert bench_speculative.main(["--model", str(model), *SIZES, *options, batches]) == 0
+        plain, auto = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        assert auto["tokens"] == plain["tokens"]
+        assert auto["num_tokens"] == plain["num_tokens"] == int(batches) * 2 * 9
+        tokens.append(plain["tokens"])
+    one, three = tokens
+    assert three[:2] == one and len({tuple(ids) for ids in three}) == 6, "of other prompts"
 
 
 def test_the_order_of_the_rows() -> None:
@@ -118,3 +132,5 @@ def test_the_columns_are_ratios() -> None:
 def test_a_bad_setting_is_one_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_speculative.main(["--model", str(model), *SIZES, "--ways", "drafts", "--draft-experts", "-1"]) == 2
     assert "draft_experts=-1 must be at least 1" in capsys.readouterr().err
+    assert bench_speculative.main(["--model", str(model), *SIZES, "--batches", "0"]) == 2
+    assert "--batches 0 must be at least 1" in capsys.readouterr().err

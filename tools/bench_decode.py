@@ -48,15 +48,14 @@ import numpy as np
 from jmoe import checkpoint, memory, sources
 from jmoe.config import ModelConfig, Prefetching, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
-from jmoe.engine import Engine
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
-from jmoe.loading import kept_programs, load_calibration, load_weights
+from jmoe.loading import load_calibration, load_weights
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
+from tools import on_demand
 from tools.bench_kernels import memory_gbps
 from tools.command import exit_code
 from tools.decode_table import print_row, timing
-from tools.on_demand import keep_nothing
 from tools.oracle import Oracle
 from tools.random_weights import random_weights
 from tools.reference_decode import reference_row
@@ -186,7 +185,7 @@ class Bench:
     def _record(self, batch_size: int) -> Oracle:
         """Of all runs to come: what is asked for does not depend on what has a slot."""
         runtime = dataclasses.replace(self.runtime(batch_size, self.config.num_experts_per_tok), record_routing=True)
-        engine = Engine.start(self.config, runtime, lambda: self.weights, programs=kept_programs())
+        engine = on_demand.start(self.config, runtime, self.weights)
         traces = []
         for repeat, prompts in enumerate(self.prompts):
             generation = engine.generate(prompts[:batch_size].tolist(), self.sampling(batch_size, repeat))
@@ -239,10 +238,7 @@ class Bench:
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
         runtime = self.runtime(batch_size, slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
-        programs = kept_programs() if share else None  # a kept file does not go by what is a tool's
-        engine = Engine.start(self.config, runtime, lambda: self.weights, programs=programs, **knows)
-        if not share:
-            keep_nothing(engine)
+        engine = on_demand.start(self.config, runtime, self.weights, keeps=share > 0, **knows)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()

@@ -6,7 +6,7 @@
 
 Ways to decode, each with an engine of its own through the same weights:
 
-- on-demand: the fewest slots that a layer can have, and whatever a step asks for beyond them is fetched
+- on-demand: nothing is kept from step to step (`tools/on_demand.py`), and so all that a step asks for is fetched
 - hottest: slots for a tenth of the experts, those used most often (lfu)
 - plain: no drafts, slots for each of --shares
 - drafts: as plain, with each of --draft-tokens, --draft-experts, --policies and --missing
@@ -14,8 +14,8 @@ Ways to decode, each with an engine of its own through the same weights:
 
 Each row is printed as soon as it is measured, and what does not fit says why. `tokens/step` is what a step (a cycle,
 with drafts) yields for a sequence, `experts` how many of a layer it asks for, `MB/token` what crosses the link. A row
-continues prompts that the run before, which is not counted, has not seen, for --new-tokens tokens or --seconds. Where
-the dtype is float32, drafted tokens are compared with plain ones.
+continues prompts that the run before, which is not counted, has not seen, for --new-tokens tokens or --seconds, and
+after them others, of --batches batches. Where the dtype is float32, drafted tokens are compared with plain ones.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from jmoe.config import DTYPES, DraftPolicy, Missing, ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine, Weights
 from jmoe.generation import Generation
-from jmoe.loading import kept_programs, load_weights
+from jmoe.loading import load_weights
 from jmoe.tokenizer import load_tokenizer
+from tools import on_demand
 from tools.bench_decode import PROMPTS
 from tools.command import exit_code
 from tools.random_weights import random_weights
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="of a checkpoint's workload")
     parser.add_argument("--prompt-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="of each prompt, at most")
+    parser.add_argument("--batches", type=int, default=1, metavar="N", help="that a row decodes, one after another")
     parser.add_argument("--warm-tokens", type=int, default=16, metavar="N", help="of the run before, not counted")
     parser.add_argument("--seconds", type=float, default=20.0, metavar="X", help="of decoding, the most for a row")
     parser.add_argument("--decode-chunk", type=int, default=32, metavar="N")
@@ -92,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("--plot needs matplotlib, which is not installed; uv sync --extra plots, or leave it out")
+    if options.batches < 1:
+        raise ValueError(f"--batches {options.batches} must be at least 1")
     bench = Bench.load(options)
     print(heading(), flush=True)
     rows: list[dict[str, Any]] = []
@@ -165,7 +169,7 @@ class Bench:
         memory.configure_backend(config)
         memory.enable_compilation_cache(sources.cache_dir() / "compiled")
         sizes: dict[str, Any] = {
-            "num_requests": 2 * max(options.batch_sizes),
+            "num_requests": (1 + options.batches) * max(options.batch_sizes),
             "prompt_tokens": Lengths.constant(options.prompt_tokens),
             "new_tokens": Lengths.constant(options.new_tokens),
             "seed": options.seed,
@@ -186,10 +190,10 @@ class Bench:
     def measure(self, way: Way, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A row. Raises what `Engine.start` does, and RuntimeError where tokens are not those of `rows`."""
         options, most = self.options, self.options.new_tokens
-        engine = Engine.start(self.config, self._runtime(way), lambda: self.weights, programs=kept_programs())
-        warming = self._generate(engine, way, range(way.batch), min(options.warm_tokens, most))
+        engine = on_demand.start(self.config, self._runtime(way), self.weights, keeps=way.name != "on-demand")
+        warming = self._generate(engine, range(way.batch), min(options.warm_tokens, most))
         warming.results()
-        measured = self._generate(engine, way, range(way.batch, 2 * way.batch), most)
+        measured = self._generate(engine, range(way.batch, (1 + options.batches) * way.batch), most)
         _run_for(measured, options.seconds)
         row = row_of(way, measured.stats, engine.plan.layout.num_layers)
         row["compile s"] = warming.stats.compile_s
@@ -199,7 +203,7 @@ class Bench:
             row["tokens"] = tokens
             require_same(row, rows)
         if options.profile and way.name == "drafts":
-            profile(self._generate(engine, way, range(way.batch), most), way.batch, options.profile)
+            profile(self._generate(engine, range(way.batch), most), way.batch, options.profile)
         return row
 
     def _runtime(self, way: Way) -> RuntimeConfig:
@@ -220,7 +224,7 @@ class Bench:
             profiled=options.profile is not None,
         )
 
-    def _generate(self, engine: Engine, way: Way, which: range, most: int) -> Generation:
+    def _generate(self, engine: Engine, which: range, most: int) -> Generation:
         options = self.options
         params = [
             SamplingParams(
@@ -230,7 +234,7 @@ class Bench:
                 seed=options.seed + n,
                 ignore_eos=True,
             )
-            for n in range(way.batch)
+            for n in range(len(which))
         ]
         return engine.generate([list(self.requests[n].prompt_ids) for n in which], params)
 

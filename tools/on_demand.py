@@ -1,17 +1,20 @@
 """Experts on demand, none kept: each layer fetches all that it asks for. Beside it one sees what keeping is worth."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
+from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.prefill import Prefill
 from jmoe.decoding.step import Steps
-from jmoe.engine import Engine
+from jmoe.engine import Engine, Weights
 from jmoe.experts.layer import OffloadedExperts, ResidentExperts
 from jmoe.experts.look_ahead import Prefetch
 from jmoe.experts.residency import LayerResidency
 from jmoe.experts.slots import ExpertSlots
 from jmoe.experts.store import ExpertStore
+from jmoe.loading import kept_programs
 from kernels_pallas.admit.result import NONE
 
 
@@ -46,3 +49,16 @@ def keep_nothing(engine: Engine) -> None:
         )
     engine.steps = OnDemandSteps(**{field.name: getattr(steps, field.name) for field in dataclasses.fields(steps)})
     engine.prefill = Prefill(engine.steps)
+
+
+def start(config: ModelConfig, runtime: RuntimeConfig, weights: Weights, *, keeps: bool = True, **details: Any) -> Engine:
+    """An engine of weights that are there, with the steps that earlier ones compiled; or, unless `keeps`, on demand.
+
+    A kept step goes by the sources of jmoe, and what is on demand is a tool's: that is compiled each time. Raises what
+    `Engine.start` and `keep_nothing` do.
+    """
+    programs = kept_programs() if keeps else None
+    engine = Engine.start(config, runtime, lambda: weights, programs=programs, **details)
+    if not keeps:
+        keep_nothing(engine)
+    return engine
