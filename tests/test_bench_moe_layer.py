@@ -1,6 +1,7 @@
 """The benchmark of one MoE layer: it needs a GPU and says so; its plans are what it says they are."""
 
 import argparse
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -49,6 +50,19 @@ def test_the_first_missing_expert_has_come_by_a_share(share: float, num_rows: in
         assert come.expert_ids.tolist() == plan.plan_experts[:1].tolist()
         assert come.num_rows.tolist() == [num_rows]
         np.testing.assert_array_equal(come.weights[0], np.asarray(store)[int(plan.plan_experts[0])])
+
+
+def test_a_trace_has_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_moe_layer, "PARTS", (bench_moe_layer.fetch, bench_moe_layer.two_steps))
+    options, store = tiny()
+    options.misses, options.trace = [0, 2], tmp_path / "trace"
+    bench_moe_layer._trace(store, options)
+    (file,) = options.trace.rglob("*.xplane.pb")
+    lines = [line for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines]
+    names = {event.name for line in lines for event in line.events}
+    for part in ("PjitFunction(fetch)", "PjitFunction(two_steps)"):
+        assert any(part in name for name in names)
+    assert not any("simplification" in name for name in names), "nothing is compiled meanwhile"
 
 
 def test_a_prefetch_is_timed_with_and_without_other_work(monkeypatch: pytest.MonkeyPatch) -> None:

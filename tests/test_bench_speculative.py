@@ -74,7 +74,8 @@ def test_batches_are_decoded_one_after_another(model: Path, capsys: pytest.Captu
         assert auto["num_tokens"] == plain["num_tokens"] == int(batches) * 2 * 9
         tokens.append(plain["tokens"])
     one, three = tokens
-    assert three[:2] == one and len({tuple(ids) for ids in three}) == 6, "of other prompts"
+    assert three[:2] == one
+    assert len({tuple(ids) for ids in three}) == 6, "of other prompts"
 
 
 def test_the_order_of_the_rows() -> None:

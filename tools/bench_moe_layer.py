@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fetch-configs", nargs="+", default=[], metavar="BLOCKSxSTAGESxKIB", type=_config)
     parser.add_argument("--prefetch-configs", nargs="+", default=[], metavar="BLOCKSxSTAGESxKIB", type=_config)
     parser.add_argument("--repeats", type=int, default=5, help="the median is printed")
+    parser.add_argument(
+        "--trace", type=Path, metavar="DIR", help="a profiler trace of each part once, with the last of --misses"
+    )
     return parser
 
 
@@ -87,6 +91,8 @@ def _run(options: argparse.Namespace) -> None:
         row["percent_of_longer"] = 100 * row["one_pass"] / max(row["fetch"], row["arithmetic"])
         rows.append({"misses": misses, **row})
         print(f"{misses:<7}" + "".join(f"{value:>{WIDTH}.1f}" for value in row.values()), flush=True)
+    if options.trace:
+        _trace(store, options)
     beside = _beside(store, options, prefetch)
     print(_line("prefetch beside products", beside), flush=True)
     for config in options.prefetch_configs:
@@ -206,10 +212,8 @@ def _timed(part: Callable, store: jax.Array, options: argparse.Namespace, compil
 
         return jax.lax.fori_loop(0, ROUNDS, calls, (x, slots))
 
-    shape = (options.num_experts // 2, *store.shape[1:])
-
     def microseconds(plans: list) -> float:
-        x, slots = jnp.ones((1, options.width), store.dtype), random_slots(jax.random.key(1), shape, store.dtype.name)
+        x, slots = _inputs(store, options)
         x, slots = jax.block_until_ready(run(x, store, slots, plans))
         times = []
         for _ in range(options.repeats):
@@ -219,6 +223,24 @@ def _timed(part: Callable, store: jax.Array, options: argparse.Namespace, compil
         return 1e6 * statistics.median(times) / (CALLS * ROUNDS)
 
     return microseconds
+
+
+def _inputs(store: jax.Array, options: argparse.Namespace) -> tuple[jax.Array, jax.Array]:
+    """A row, and random experts in half as many slots as the store has experts."""
+    shape = (options.num_experts // 2, *store.shape[1:])
+    return jnp.ones((1, options.width), store.dtype), random_slots(jax.random.key(1), shape, store.dtype.name)
+
+
+def _trace(store: jax.Array, options: argparse.Namespace) -> None:
+    """Each part under the profiler, in the order of the columns; before, it is compiled for what it is given."""
+    parts, plan = [jax.jit(part, donate_argnums=2) for part in PARTS], _plans(options.misses[-1], options)[0]
+    x, slots = _inputs(store, options)
+    for part in (*parts, *parts):  # the first of them got slots that no part has made
+        _, slots = jax.block_until_ready(part(x, store, slots, plan))
+    with jax.profiler.trace(str(options.trace)):
+        for part in parts:
+            _, slots = jax.block_until_ready(part(x, store, slots, plan))
+    print(f"profiler trace of {options.misses[-1]} misses written to {options.trace}", flush=True)
 
 
 def _rate_of_config(store: jax.Array, config: tuple[int, int, int], options: argparse.Namespace, ceiling: float) -> str:

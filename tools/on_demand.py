@@ -51,7 +51,9 @@ def keep_nothing(engine: Engine) -> None:
     engine.prefill = Prefill(engine.steps)
 
 
-def start(config: ModelConfig, runtime: RuntimeConfig, weights: Weights, *, keeps: bool = True, **details: Any) -> Engine:
+def start(
+    config: ModelConfig, runtime: RuntimeConfig, weights: Weights, *, keeps: bool = True, **details: Any
+) -> Engine:
     """An engine of weights that are there, with the steps that earlier ones compiled; or, unless `keeps`, on demand.
 
     A kept step goes by the sources of jmoe, and what is on demand is a tool's: that is compiled each time. Raises what
