@@ -167,6 +167,7 @@ def test_on_demand_fetches_all_that_is_asked_for(bench) -> None:
     assert on_demand["hit_rate"] == 0 < kept["hit_rate"]
     assert on_demand["mb_per_token"] == pytest.approx(report["card"]["routed_mb_per_token"], abs=0.05)
     assert kept["mb_per_token"] == pytest.approx(on_demand["mb_per_token"] * (1 - kept["hit_rate"]))
+    assert 0 < kept["prompt_mb"] < on_demand["prompt_mb"]
 
 
 def test_a_row_for_each_batch_size(bench) -> None:

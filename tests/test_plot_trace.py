@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from tools import plot_trace
 from tools.plot_trace import COLOURS, between, draw, main
 from tools.profile_decode import KERNEL_SCOPES, LANES, OTHER, SCOPES, Kernel
 
@@ -42,6 +43,19 @@ def test_it_draws_a_lane_for_each_kind_of_kernel(tmp_path):
     text = (tmp_path / "trace.svg").read_text()
     assert all(f"<!-- {word} -->" in text for word in ("fetch", "experts", "other", "One step"))
     assert "<!-- attention -->" not in text
+
+
+def test_it_lists_what_it_draws(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plot_trace, "kernels", lambda directory, scope_by_name: iter(KERNELS[::-1]))
+    arguments = [str(tmp_path), str(tmp_path / "trace.png"), "--from-ms", "1", "--ms", "1.5"]
+    assert main([*arguments, "--list"]) == 0
+    copied, multiplied, last = capsys.readouterr().out.splitlines()
+    assert copied.split() == ["0.0000", "ms", "1000.0", "us", "fetch", "copy_plan"]
+    assert multiplied.split() == ["1.0000", "ms", "500.0", "us", "experts", "multiply_groups"]
+    assert last.startswith("2 kernels drawn")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [last]
 
 
 def test_a_directory_without_a_trace_is_an_error_line(tmp_path, capsys):

@@ -17,6 +17,8 @@ hit rate.
 `hbm_gbps` and `percent_of_hbm` by the weights that a step has to read from device memory (the trunk's without the
 embedding table, and every expert asked for), and a pass over device memory in this run.
 
+`prompt_mb` is what crossed the link for the prompts of a batch, while their first token took `ttft_s`.
+
 `peak_bytes` is a dash where a row before it took more: rows of several batch sizes have it only as far as they grow.
 
 `prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
@@ -52,10 +54,10 @@ from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.loading import load_calibration, load_weights
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.tokenizer import load_tokenizer
-from tools import on_demand
 from tools.bench_kernels import memory_gbps
 from tools.command import exit_code
 from tools.decode_table import print_row, timing
+from tools.on_demand import start_engine
 from tools.oracle import Oracle
 from tools.random_weights import random_weights
 from tools.reference_decode import reference_row
@@ -185,7 +187,7 @@ class Bench:
     def _record(self, batch_size: int) -> Oracle:
         """Of all runs to come: what is asked for does not depend on what has a slot."""
         runtime = dataclasses.replace(self.runtime(batch_size, self.config.num_experts_per_tok), record_routing=True)
-        engine = on_demand.start(self.config, runtime, self.weights)
+        engine = start_engine(self.config, runtime, self.weights)
         traces = []
         for repeat, prompts in enumerate(self.prompts):
             generation = engine.generate(prompts[:batch_size].tolist(), self.sampling(batch_size, repeat))
@@ -238,7 +240,7 @@ class Bench:
         slots = max(self.config.num_experts_per_tok, round(share * self.config.num_experts))
         runtime = self.runtime(batch_size, slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
-        engine = on_demand.start(self.config, runtime, self.weights, keeps=share > 0, **knows)
+        engine = start_engine(self.config, runtime, self.weights, keeps=share > 0, **knows)
         runs, first_run_s = [], 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
@@ -256,6 +258,7 @@ class Bench:
         link_bytes = sum(run.link_bytes for run in runs)
         early = sum((run.prefetch for run in runs if run.prefetch), PrefetchStats()) if prefetch_experts else None
         steps = sum(run.num_decode_steps for run in runs)
+        prompt_bytes = sum(run.prefill.misses * run.expert_bytes for run in runs) / len(runs)
         roof_ms = link_bytes / steps / self.ceiling / 1e6
         hbm_gbps = self.read_bytes((hits + misses) / steps) / mean_ms / 1e6
         return {
@@ -264,6 +267,7 @@ class Bench:
             "prefetch": self.args.prefetch if self.args.prefetch == "auto" else prefetch_experts or None,
             "slots": slots,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
+            "prompt_mb": prompt_bytes / 1e6,
             **row,
             "mean_ms_per_step": mean_ms,
             "hit_rate": hits / (hits + misses),

@@ -39,9 +39,9 @@ from jmoe.engine import Engine, Weights
 from jmoe.generation import Generation
 from jmoe.loading import load_weights
 from jmoe.tokenizer import load_tokenizer
-from tools import on_demand
 from tools.bench_decode import PROMPTS
 from tools.command import exit_code
+from tools.on_demand import start_engine
 from tools.random_weights import random_weights
 from tools.speculative_rows import Way, heading, line_of, require_same, row_of, speed_of
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
@@ -190,7 +190,7 @@ class Bench:
     def measure(self, way: Way, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A row. Raises what `Engine.start` does, and RuntimeError where tokens are not those of `rows`."""
         options, most = self.options, self.options.new_tokens
-        engine = on_demand.start(self.config, self._runtime(way), self.weights, keeps=way.name != "on-demand")
+        engine = start_engine(self.config, self._runtime(way), self.weights, keeps=way.name != "on-demand")
         warming = self._generate(engine, range(way.batch), min(options.warm_tokens, most))
         warming.results()
         measured = self._generate(engine, range(way.batch, (1 + options.batches) * way.batch), most)

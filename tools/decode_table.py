@@ -18,6 +18,7 @@ COLUMNS = (
     ("share", "{}"),
     ("prefetch", "{}"),
     ("ttft_s", "{:.3f}"),
+    ("prompt_mb", "{:.0f}"),
     ("ms_per_step", "{:.2f}"),
     ("ms_low", "{:.2f}"),
     ("ms_high", "{:.2f}"),

@@ -51,7 +51,7 @@ def keep_nothing(engine: Engine) -> None:
     engine.prefill = Prefill(engine.steps)
 
 
-def start(
+def start_engine(
     config: ModelConfig, runtime: RuntimeConfig, weights: Weights, *, keeps: bool = True, **details: Any
 ) -> Engine:
     """An engine of weights that are there, with the steps that earlier ones compiled; or, unless `keeps`, on demand.

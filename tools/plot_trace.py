@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-ms", type=float, default=0.0, metavar="X", help="since the first kernel")
     parser.add_argument("--ms", type=float, default=math.inf, metavar="X", help="how long; default: to the end")
     parser.add_argument("--title", default="", help="above the picture")
+    parser.add_argument("--list", action="store_true", help="print when each kernel drawn began, and how long it took")
     return parser
 
 
@@ -52,6 +53,8 @@ def _run(options: argparse.Namespace) -> None:
         raise RuntimeError("a picture needs matplotlib, which is not installed; uv sync --extra plots")
     found = between(list(kernels(options.directory, {})), options.from_ms, options.ms)
     draw(found, options.picture, options.title)
+    for kernel in sorted(found, key=lambda kernel: kernel.start_ns) if options.list else ():
+        print(f"{kernel.start_ns / 1e6:10.4f} ms {kernel.duration_ns / 1e3:9.1f} us  {kernel.scope} {kernel.name}")
     print(f"{len(found)} kernels drawn to {options.picture}")
 
 
