@@ -84,7 +84,9 @@ def predictor_of(
     """
     if not runtime.looks_ahead:
         return PastRequests()
-    ahead = executed or (calibration.predictor(config, params) if calibration else make_predictor(config, params))
+    how = {"implementation": runtime.implementation}
+    known = calibration.predictor(config, params, **how) if calibration else make_predictor(config, params, **how)
+    ahead = executed or known
     return PastRequests(ahead) if runtime.recalls_requests else ahead
 
 

@@ -153,7 +153,11 @@ def test_with_attention_that_adds_nothing_and_exact_vectors_the_guess_is_the_tru
             CONFIG, params, methods=everywhere(method, L), default_vectors=default_vectors(jax.device_get(seen))
         )
         guess = predict(predictor, 0, seen.residuals[0], seen.routing(0))
-        return np.asarray(guess), softmax(np.asarray(seen.logits[1]))[0], set(np.asarray(seen.expert_ids[1][0]))
+        return (
+            np.asarray(guess) / np.sum(guess),
+            softmax(np.asarray(seen.logits[1]))[0],
+            set(np.asarray(seen.expert_ids[1][0])),
+        )
 
     guess, truth, chosen = guessed_and_true("default_vectors", **silent)
     np.testing.assert_allclose(guess, truth, atol=1e-6)

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.experts.residency import NONE, Residency
 from jmoe.experts.slots import SlotLayout
 from jmoe.model.router import Routing
-from kernels_pallas.admit.reference import rank_of, select
 from kernels_pallas.prefetch.arrivals import Arrivals
 
 
@@ -89,12 +88,18 @@ def guess(odds: Float[Array, " E"], slot_of: Int[Array, " E"], num_asked: int, n
     """At most `num_experts`, by how probably a layer asks for each; of equals the first.
 
     A layer that asks for `num_asked` is guessed to ask for the most probable ones: what is missing of others is none of
-    them. Ranks are found as `kernels_pallas.admit.reference` does, in a few small kernels and without a sort.
+    them. One maximum after the other, and then the place of each, for these are few: in a few small kernels.
     """
-    odds = jnp.where((slot_of == NONE) & (rank_of(-odds) < num_asked), odds, 0.0)
-    chosen = rank_of(-odds)[None, :] == jnp.arange(num_experts)[:, None]  # [P, E]
-    count = jnp.minimum(jnp.sum(odds > 0, dtype=jnp.int32), num_experts)
-    return Guess(select(chosen, jnp.arange(odds.size, dtype=jnp.int32)), count)
+    at, left = jnp.arange(odds.size), jnp.where(slot_of == NONE, odds, 0.0)
+    ids, best = [], []
+    for _ in range(num_experts):
+        ids.append(jnp.argmax(left).astype(jnp.int32))
+        best.append(jnp.max(left))
+        left = jnp.where(at == ids[-1], 0.0, left)
+    expert_ids, values = jnp.stack(ids), jnp.stack(best)[:, None]
+    before = (odds[None] > values) | ((odds[None] == values) & (at[None] < expert_ids[:, None]))  # [P, E]
+    is_guessed = (values[:, 0] > 0) & (jnp.sum(before, axis=1) < num_asked)
+    return Guess(expert_ids, jnp.sum(is_guessed, dtype=jnp.int32))
 
 
 def no_rows(num_layers: int) -> Prefetched:

@@ -23,12 +23,14 @@ from jmoe.experts.look_ahead import Foresight
 from jmoe.experts.residency import Residency
 from jmoe.model.router import Routing
 from kernels_pallas.decode_attention.reference import rms_norm
+from kernels_pallas.norm_linear.api import norm_linear
 from kernels_pallas.norm_linear.reference import matmul
 
 Method = Literal["router", "default_vectors", "estimator"]
 Methods = tuple[tuple[Method, ...], ...]  # [n - 1][l]: how layer l predicts layer l + n
 METHODS: tuple[Method, ...] = ("router", "default_vectors", "estimator")
 MAX_AHEAD = 2  # layers
+LARGEST_LOGIT = 80.0  # of which float32 has the exponential
 _MEMORY = 0.5  # below 1/2 + 1/4 + … = 1: all experts of the last step come before all that were not in it
 
 
@@ -55,7 +57,8 @@ class Predictor(Foresight):
     """All that a prediction needs, in the dtype of the trunk. `norms` and `routers` are the trunk's own arrays.
 
     `methods[n - 1][l]` is how layer l predicts layer l+n; it is static, so that a step holds that method alone.
-    `estimators` have the same places. `default_vectors` are None where no method needs them.
+    `estimators` have the same places. `default_vectors` are None where no method needs them. `implementation` is that
+    of `norm_linear`.
     """
 
     norms: tuple[Float[Array, " D"], ...]  # L of them: the scale of the norm before the router
@@ -64,6 +67,7 @@ class Predictor(Foresight):
     estimators: Estimators
     methods: tuple[tuple[Method, ...], ...] = dataclasses.field(metadata={"static": True})
     eps: float = dataclasses.field(metadata={"static": True})
+    implementation: str | None = dataclasses.field(default="reference", metadata={"static": True})
 
     @property
     def num_layers(self) -> int:
@@ -83,6 +87,7 @@ def make_predictor(
     methods: Methods | None = None,
     default_vectors: Float[np.ndarray | Array, "L E D"] | None = None,
     estimators: Estimators | None = None,
+    implementation: str | None = "reference",
 ) -> Predictor:
     """The predictor of a model with these trunk parameters, by flat path. Default: the plain next router everywhere.
 
@@ -98,6 +103,7 @@ def make_predictor(
         estimators=jax.tree.map(lambda array: jnp.asarray(array, config.dtype), estimators),
         methods=everywhere("router", num_layers) if methods is None else methods,
         eps=config.rms_norm_eps,
+        implementation=implementation,
     )
     _require_methods(predictor)
     return predictor
@@ -150,12 +156,16 @@ def predict(
 ) -> Float[Array, " E"]:
     """How likely each expert of layer `layer + ahead` is asked for: the guessed router's softmax, summed over rows.
 
+    Of one row it is not divided by its sum, which changes nothing of the order, and saves a step two kernels.
+
     `residual` is r of `layer`, before its experts' output is added; `routing` its routing. Both are there before any of
     its experts is, so that a prefetch can go out with the demand. Rows that are no token count for nothing.
     `layer` and `ahead` are Python numbers. Raises ValueError where there is no such layer.
     """
     logits = predicted_logits(predictor, layer, residual, routing, ahead=ahead)
-    return jnp.sum(jnp.where(is_token(routing), jax.nn.softmax(logits, axis=-1), 0.0), axis=0)
+    is_alone = logits.shape[0] == 1
+    odds = jnp.exp(jnp.minimum(logits, LARGEST_LOGIT)) if is_alone else jax.nn.softmax(logits, axis=-1)
+    return jnp.sum(jnp.where(is_token(routing), odds, 0.0), axis=0)
 
 
 def predicted_logits(
@@ -168,22 +178,30 @@ def predicted_logits(
             f"{predictor.num_layers} MoE layers"
         )
     method = predictor.methods[ahead - 1][layer]
-    q = quasi_hidden(predictor, layer, residual, None if method == "router" else routing, ahead=ahead)
+    stream = _stream(predictor, layer, residual, None if method == "router" else routing)
+    scale, router = predictor.norms[layer + ahead], predictor.routers[layer + ahead]
+    how = {"eps": predictor.eps, "out_dtype": jnp.float32, "implementation": predictor.implementation}
     if method == "estimator":
         estimator = predictor.estimators[ahead - 1][layer]
         assert estimator is not None  # make_predictor saw to it
-        q = estimator(q)
-    return matmul(q, predictor.routers[layer + ahead], jnp.float32)
+        stream, scale = estimator(rms_norm(stream, scale, predictor.eps)), None
+    logits, _, _ = norm_linear(stream, scale, router, **how)
+    return logits
 
 
 def quasi_hidden(
     predictor: Predictor, layer: int, residual: Float[Array, "T D"], routing: Routing | None, *, ahead: int = 1
 ) -> Float[Array, "T D"]:
     """q = norm(r_l + d_l), with the norm before the router of layer `layer + ahead`; d_l = 0 without a routing."""
-    if routing is not None:
-        assert predictor.default_vectors is not None  # make_predictor saw to it
-        residual = residual + default_value(predictor.default_vectors[layer], routing).astype(residual.dtype)
-    return rms_norm(residual, predictor.norms[layer + ahead], predictor.eps)
+    return rms_norm(_stream(predictor, layer, residual, routing), predictor.norms[layer + ahead], predictor.eps)
+
+
+def _stream(predictor: Predictor, layer: int, residual: Float[Array, "T D"], routing: Routing | None):
+    """r_l + d_l, or r_l alone without a routing."""
+    if routing is None:
+        return residual
+    assert predictor.default_vectors is not None  # make_predictor saw to it
+    return residual + default_value(predictor.default_vectors[layer], routing).astype(residual.dtype)
 
 
 def default_value(vectors: Float[Array, "E D"], routing: Routing) -> Float[Array, "T D"]:

@@ -40,7 +40,9 @@ class Calibration:
     methods: Methods
     recall: tuple[tuple[float, ...], ...]
 
-    def predictor(self, config: ModelConfig, params: Mapping[str, Array]) -> Predictor:
+    def predictor(
+        self, config: ModelConfig, params: Mapping[str, Array], implementation: str | None = "reference"
+    ) -> Predictor:
         """Of the model with these trunk parameters. Raises ValueError for a calibration that does not fit together."""
         return make_predictor(
             config,
@@ -48,6 +50,7 @@ class Calibration:
             methods=self.methods,
             default_vectors=self.default_vectors,
             estimators=self.estimators,
+            implementation=implementation,
         )
 
     def device_bytes(self, config: ModelConfig) -> int:
