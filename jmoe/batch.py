@@ -22,6 +22,7 @@ from jmoe.decoding.step import DecodeState
 from jmoe.drafting import Drafting
 from jmoe.experts.draft import DraftSet
 from jmoe.experts.residency import Counters
+from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls, ExpertCounts, read_counts
 
 if TYPE_CHECKING:
@@ -172,8 +173,10 @@ class Batch:
             num_steps, counts = int(result.num_steps), _counts_of_steps(result)
             self._record(jax.tree.map(lambda steps: steps[:num_steps], result.routed), is_prefill=False)
             if self.prefetching:
-                number = call.choice.number
-                self.clock.add_prefetch(result.prefetched, num_steps, number, self.engine.config)
+                number, config = call.choice.number, self.engine.config
+                came = PrefetchStats.of_call(result.prefetched, num_steps, number, config)
+                self.clock.add_prefetch(came)
+                self.prefetching.see(came, num_steps)
         assert result.counters is not None  # a call has ended
         self._count(call, num_steps, self._last_end - start, result.counters, counts)
         yield from self._hand_out(*map(np.asarray, (result.token_ids, result.logprobs, result.done)))

@@ -3,8 +3,6 @@
 from typing import TYPE_CHECKING
 
 from jmoe import memory
-from jmoe.config import ModelConfig
-from jmoe.experts.look_ahead import Prefetched
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls, DraftStats, ExpertCounts, GenerationStats
 from jmoe.traces import Recording
@@ -38,9 +36,8 @@ class Clock:
         known = self.drafted.get(call.num_draft_tokens)
         self.drafted[call.num_draft_tokens] = known + call if known else call
 
-    def add_prefetch(self, prefetched: Prefetched | None, num_steps: int, num_rows: int, config: ModelConfig) -> None:
-        """What came early in a call of a jitted decode that brings so many rows a layer; None in plain steps."""
-        call = PrefetchStats.of_call(prefetched, num_steps, num_rows, config)
+    def add_prefetch(self, call: PrefetchStats) -> None:
+        """What came early in a call of a jitted decode."""
         self.prefetch = self.prefetch + call if self.prefetch else call
 
     def stats(self, engine: "Engine", num_generated_tokens: int) -> GenerationStats:

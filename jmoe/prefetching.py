@@ -14,7 +14,11 @@ from jmoe.experts.look_ahead import Foresight
 from jmoe.experts.prefetch import PastRequests, make_predictor
 from jmoe.experts.prefetch_file import Calibration
 from jmoe.memory_plan import MemoryPlan
+from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls
+
+WORTH = 0.5  # of what comes early, that has to be of use: a wasted copy costs a step half of what a useful one saves
+LOOK = 8  # steps before anything is known of the guesses; then what was seen weighs half as much after so many
 
 _GUESSES = {
     "lookahead": "",
@@ -27,7 +31,9 @@ _GUESSES = {
 class Prefetching:
     """How many rows come early in each layer, at most `num_experts` experts; kept from generation to generation.
 
-    The number of a choice is that of rows of D values, 0 in a plain step.
+    The number of a choice is that of rows of D values, 0 in a plain step. A fixed amount comes only while guesses are
+    right: while less than `WORTH` of what they bring is of use, and in the first `LOOK` steps, they bring one row each,
+    by which it is seen whether they are.
     """
 
     def __init__(self, config: ModelConfig, runtime: RuntimeConfig):
@@ -36,6 +42,8 @@ class Prefetching:
         rows = max(1, round(runtime.prefetch_experts * self.rows_of_expert))
         self._fixed = Choice(rows) if runtime.prefetch != "auto" else None
         self._chooser = prefetch_chooser(self.rows_of_expert)
+        self._num_steps = 0  # seen so far
+        self._useful_share: float | None = None  # of what the last ones brought, once they brought anything
 
     @property
     def learns(self) -> bool:
@@ -57,7 +65,19 @@ class Prefetching:
 
     def choose(self, num_sequences: int) -> Choice:
         """For the next call, of so many sequences."""
-        return self._fixed or self._chooser.choose(num_sequences)
+        if self._fixed is None:
+            return self._chooser.choose(num_sequences)
+        if self._num_steps < LOOK:
+            return Choice(1, LOOK - self._num_steps)
+        return self._fixed if self._useful_share is not None and self._useful_share >= WORTH else Choice(1)
+
+    def see(self, came: PrefetchStats, num_steps: int) -> None:
+        """What a call brought early, of so many steps; it tells nothing if all that was guessed had slots."""
+        if came.prefetched_bytes:
+            known = came.useful_share if self._useful_share is None else self._useful_share
+            kept = 0.5 ** (num_steps / LOOK)
+            self._useful_share = kept * known + (1 - kept) * came.useful_share
+        self._num_steps += num_steps
 
     def record(self, num_sequences: int, num_rows: int, call: DecodeCalls) -> None:
         """Learns from a call that began with so many sequences, if there is anything to choose."""
