@@ -176,7 +176,7 @@ class Batch:
                 number, config = call.choice.number, self.engine.config
                 came = PrefetchStats.of_call(result.prefetched, num_steps, number, config)
                 self.clock.add_prefetch(came)
-                self.prefetching.see(came, num_steps)
+                self.prefetching.see(came, num_steps, number)
         assert result.counters is not None  # a call has ended
         self._count(call, num_steps, self._last_end - start, result.counters, counts)
         yield from self._hand_out(*map(np.asarray, (result.token_ids, result.logprobs, result.done)))

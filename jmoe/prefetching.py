@@ -18,7 +18,9 @@ from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls
 
 WORTH = 0.5  # of what comes early, that has to be of use: a wasted copy costs a step half of what a useful one saves
-LOOK = 8  # steps before anything is known of the guesses; then what was seen weighs half as much after so many
+LOOK = 8  # steps that look how good the guesses are, before anything else comes early
+HALF_LIFE = 8  # steps, after which what was seen weighs half as much
+LOOK_AGAIN = 4096  # plain steps; a look, with the changes to it and back, costs about as much as 20 steps
 
 _GUESSES = {
     "lookahead": "",
@@ -32,8 +34,8 @@ class Prefetching:
     """How many rows come early in each layer, at most `num_experts` experts; kept from generation to generation.
 
     The number of a choice is that of rows of D values, 0 in a plain step. A fixed amount comes only while guesses are
-    right: while less than `WORTH` of what they bring is of use, and in the first `LOOK` steps, they bring one row each,
-    by which it is seen whether they are.
+    right. The first `LOOK` steps bring one row of each, by which it is seen whether they are; if less than `WORTH` of
+    what comes is of use, steps are plain ones, and after `LOOK_AGAIN` of these there is another look.
     """
 
     def __init__(self, config: ModelConfig, runtime: RuntimeConfig):
@@ -42,18 +44,18 @@ class Prefetching:
         rows = max(1, round(runtime.prefetch_experts * self.rows_of_expert))
         self._fixed = Choice(rows) if runtime.prefetch != "auto" else None
         self._chooser = prefetch_chooser(self.rows_of_expert)
-        self._num_steps = 0  # seen so far
+        self._num_looks, self._num_plain = 0, 0  # steps
         self._useful_share: float | None = None  # of what the last ones brought, once they brought anything
 
     @property
     def learns(self) -> bool:
-        """Whether the amount is chosen by what was measured; else there are no plain steps."""
+        """Whether the amount is chosen by how fast steps are."""
         return self._fixed is None
 
     @property
     def programs(self) -> list[Choice]:
         """A choice for each jitted step that may run."""
-        return [Choice(0), Choice(self.most_rows)] if self.learns else [Choice(self.most_rows)]
+        return [Choice(0), Choice(self.most_rows)]
 
     @property
     def most_rows(self) -> int:
@@ -67,17 +69,22 @@ class Prefetching:
         """For the next call, of so many sequences."""
         if self._fixed is None:
             return self._chooser.choose(num_sequences)
-        if self._num_steps < LOOK:
-            return Choice(1, LOOK - self._num_steps)
-        return self._fixed if self._useful_share is not None and self._useful_share >= WORTH else Choice(1)
+        if self._num_looks < LOOK:
+            return Choice(1, LOOK - self._num_looks)
+        return self._fixed if (self._useful_share or 0.0) >= WORTH else Choice(0)
 
-    def see(self, came: PrefetchStats, num_steps: int) -> None:
+    def see(self, came: PrefetchStats, num_steps: int, num_rows: int) -> None:
         """What a call brought early, of so many steps; it tells nothing if all that was guessed had slots."""
+        if not num_rows:
+            self._num_plain += num_steps
+            if self._num_plain >= LOOK_AGAIN:
+                self._num_looks, self._num_plain, self._useful_share = 0, 0, None
+            return
+        self._num_looks += num_steps
         if came.prefetched_bytes:
             known = came.useful_share if self._useful_share is None else self._useful_share
-            kept = 0.5 ** (num_steps / LOOK)
+            kept = 0.5 ** (num_steps / HALF_LIFE)
             self._useful_share = kept * known + (1 - kept) * came.useful_share
-        self._num_steps += num_steps
 
     def record(self, num_sequences: int, num_rows: int, call: DecodeCalls) -> None:
         """Learns from a call that began with so many sequences, if there is anything to choose."""

@@ -20,6 +20,13 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture
+def brings_all_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed amount is prefetched from the first step, however good the guesses are: random models guess badly."""
+    monkeypatch.setattr("jmoe.prefetching.LOOK", 0)
+    monkeypatch.setattr("jmoe.prefetching.WORTH", 0.0)
+
+
 def asks_for_gpu(config: pytest.Config) -> bool:
     return re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is not None
 

@@ -16,6 +16,8 @@ from jmoe.synthetic import write_synthetic
 from tools import bench_decode
 from tools.decode_table import timing
 
+pytestmark = pytest.mark.usefixtures("brings_all_guesses")
+
 TINY = Path(__file__).parents[1] / "configs" / "models" / "tiny.toml"
 SIZES = "--prompt-tokens 5 --new-tokens 11 --repeats 1 --max-seq-len 32 --decode-chunk 2 --layers 2".split()
 

@@ -26,6 +26,8 @@ from kernels_pallas.route.api import route
 from tests import models
 from tests.models import SMALL
 
+pytestmark = pytest.mark.usefixtures("brings_all_guesses")
+
 CONFIG = dataclasses.replace(SMALL, num_hidden_layers=2, mlp_only_layers=())
 THREE = dataclasses.replace(SMALL, mlp_only_layers=())  # three layers, each a mixture of experts
 E, A, D = CONFIG.num_experts, CONFIG.num_experts_per_tok, CONFIG.hidden_size

@@ -16,6 +16,8 @@ from jmoe.experts.prefetch import everywhere
 from jmoe.experts.prefetch_file import Calibration, file_beside
 from jmoe.tokenizer import TextStream, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("brings_all_guesses")
+
 CONFIG = ModelConfig(
     vocab_size=259,  # the byte tokenizer's ids and no more: every token has text
     hidden_size=16,

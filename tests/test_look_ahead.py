@@ -33,6 +33,8 @@ from kernels_pallas.route.api import route
 from tests import models
 from tests.models import SMALL
 
+pytestmark = pytest.mark.usefixtures("brings_all_guesses")
+
 E, A, ROWS = SMALL.num_experts, SMALL.num_experts_per_tok, 3 * SMALL.moe_intermediate_size
 NUM_LAYERS, ROW_BYTES = len(SMALL.moe_layers), SMALL.expert_bytes // ROWS
 PROMPTS = models.prompts(9, 4, 13)

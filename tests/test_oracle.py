@@ -18,6 +18,8 @@ from tests import models
 from tests.models import SMALL
 from tools.oracle import Oracle
 
+pytestmark = pytest.mark.usefixtures("brings_all_guesses")
+
 A, E = SMALL.num_experts_per_tok, SMALL.num_experts
 BATCHES = [models.prompts(9, 4), models.prompts(13, 6, seed=1)]
 SAMPLING = [SamplingParams(max_new_tokens=14, temperature=2.0), SamplingParams(max_new_tokens=9)]

@@ -5,11 +5,11 @@ import pytest
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.contest import Choice
 from jmoe.prefetch_stats import PrefetchStats
-from jmoe.prefetching import LOOK, WORTH, Prefetching
+from jmoe.prefetching import HALF_LIFE, LOOK, LOOK_AGAIN, WORTH, Prefetching
 from tests.models import SMALL
 
 ROWS = 3 * SMALL.moe_intermediate_size // 2
-AMOUNT, ONE_ROW = Choice(ROWS), Choice(1)
+AMOUNT, PLAIN = Choice(ROWS), Choice(0)
 
 
 def prefetching() -> Prefetching:
@@ -24,37 +24,47 @@ def came(useful_share: float) -> PrefetchStats:
 def test_it_looks_before_anything_comes() -> None:
     made = prefetching()
     assert made.choose(1) == Choice(1, LOOK)
-    made.see(came(1.0), LOOK - 3)
+    made.see(came(1.0), LOOK - 3, 1)
     assert made.choose(1) == Choice(1, 3)
-    made.see(came(1.0), 3)
+    made.see(came(1.0), 3, 1)
     assert made.choose(1) == AMOUNT
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, ONE_ROW), (WORTH - 0.01, ONE_ROW), (WORTH, AMOUNT), (1, AMOUNT)])
+@pytest.mark.parametrize(("share", "expected"), [(0.0, PLAIN), (WORTH - 0.01, PLAIN), (WORTH, AMOUNT), (1, AMOUNT)])
 def test_what_was_seen_decides(share: float, expected: Choice) -> None:
     made = prefetching()
-    made.see(came(share), LOOK)
+    made.see(came(share), LOOK, 1)
     assert made.choose(1) == expected
 
 
-def test_it_follows_guesses_that_get_worse_and_better() -> None:
+def test_it_ends_when_guesses_get_worse_and_looks_again_much_later() -> None:
     made = prefetching()
-    made.see(came(0.9), LOOK)
-    for share, expected in ((0.0, AMOUNT), (0.0, ONE_ROW), (0.0, ONE_ROW), (1.0, AMOUNT)):
-        made.see(came(share), LOOK * 2 // 3)
+    made.see(came(0.9), LOOK, 1)
+    for expected in (AMOUNT, PLAIN):
+        made.see(came(0.0), HALF_LIFE * 2 // 3, ROWS)
         assert made.choose(1) == expected
+    made.see(PrefetchStats(), LOOK_AGAIN - 1, 0)
+    assert made.choose(1) == PLAIN
+    made.see(PrefetchStats(), 1, 0)
+    assert made.choose(1) == Choice(1, LOOK)
+    made.see(came(1.0), LOOK, 1)
+    assert made.choose(1) == AMOUNT
 
 
 def test_steps_that_guess_nothing_tell_nothing() -> None:
     made = prefetching()
-    made.see(PrefetchStats(), LOOK)
-    assert made.choose(1) == ONE_ROW  # nothing is known
-    made.see(came(0.8), 1)
-    made.see(PrefetchStats(), 100 * LOOK)
+    made.see(came(0.8), LOOK, 1)
+    made.see(PrefetchStats(), 100 * LOOK, ROWS)
     assert made.choose(1) == AMOUNT
+
+
+def test_where_nothing_is_ever_missing_steps_are_plain() -> None:
+    made = prefetching()
+    made.see(PrefetchStats(), LOOK, 1)
+    assert made.choose(1) == PLAIN
 
 
 def test_an_amount_that_is_chosen_by_time_is_left_to_that() -> None:
     made = Prefetching(SMALL, RuntimeConfig(prefetch="auto"))
-    made.see(came(0.0), LOOK)
+    made.see(came(0.0), LOOK, 1)
     assert made.choose(1) == Choice(0)

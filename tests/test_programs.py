@@ -25,6 +25,8 @@ from jmoe.programs import Programs
 from tests import models
 from tests.models import SMALL
 
+pytestmark = pytest.mark.usefixtures("brings_all_guesses")
+
 PROMPT = models.prompts(7)[0]
 GREEDY = SamplingParams(max_new_tokens=9)
 PLAIN = {"prefill_chunk": 16, "decode_chunk": 4}

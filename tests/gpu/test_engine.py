@@ -14,7 +14,7 @@ from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.sampling import SamplingParams
 from tests import models
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("brings_all_guesses")]
 
 CONFIG = dataclasses.replace(
     models.SMALL,
