@@ -19,7 +19,7 @@ from jmoe.stats import DecodeCalls
 
 WORTH = 0.5  # of what comes early, that has to be of use: a wasted copy costs a step half of what a useful one saves
 LOOK = 8  # steps that look how good the guesses are, before anything else comes early
-HALF_LIFE = 8  # steps, after which what was seen weighs half as much
+HALF_LIFE = 32  # steps, after which what was seen weighs half as much
 LOOK_AGAIN = 4096  # plain steps; a look, with the changes to it and back, costs about as much as 20 steps
 
 _GUESSES = {

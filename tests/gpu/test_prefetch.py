@@ -24,7 +24,7 @@ from tests.gpu.test_engine import CONFIG, GREEDY, OPTIONS, PROMPTS
 from tests.gpu.test_fetch import bits, random_bits
 from tests.kernels.test_prefetch import rows_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("brings_all_guesses")]
 
 MOST = 12  # experts of a test
 SHAPE = (3, 768, 2048)
