@@ -17,7 +17,7 @@ from jmoe.memory_plan import MemoryPlan
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.stats import DecodeCalls
 
-WORTH = 0.5  # of what comes early, that has to be of use: a wasted copy costs a step half of what a useful one saves
+WORTH = 0.5  # of what comes early, that has to be of use: a wasted copy costs about 0.6 of what a useful one saves
 LOOK = 8  # steps that look how good the guesses are, before anything else comes early
 HALF_LIFE = 32  # steps, after which what was seen weighs half as much
 LOOK_AGAIN = 4096  # plain steps; a look, with the changes to it and back, costs about as much as 20 steps
