@@ -4,8 +4,11 @@ import pytest
 
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.contest import Choice
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.generation import Generation
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.prefetching import HALF_LIFE, LOOK, LOOK_AGAIN, WORTH, Prefetching
+from tests import models
 from tests.models import SMALL
 
 ROWS = 3 * SMALL.moe_intermediate_size // 2
@@ -68,3 +71,23 @@ def test_an_amount_that_is_chosen_by_time_is_left_to_that() -> None:
     made = Prefetching(SMALL, RuntimeConfig(prefetch="auto"))
     made.see(came(0.0), LOOK, 1)
     assert made.choose(1) == Choice(0)
+
+
+def ran(**runtime) -> Generation:
+    made = models.engine(SMALL, prefill_chunk=16, decode_chunk=6, expert_slots=SMALL.num_experts_per_tok, **runtime)
+    generation = made.generate(models.prompts(9), [SamplingParams(max_new_tokens=25, temperature=2.0)])
+    generation.results()
+    return generation
+
+
+@pytest.mark.parametrize(("worth", "then"), [(0.0, 0.5), (1.1, 0.0)], ids=["right", "wrong"])
+def test_an_engine_looks_and_then_brings_all_or_nothing(worth: float, then: float, monkeypatch) -> None:
+    """The tokens, hits and misses are those without a prefetch."""
+    monkeypatch.setattr("jmoe.prefetching.WORTH", worth)
+    plain, ahead = ran(), ran(prefetch="lookahead", prefetch_experts=0.5)
+    assert [each.token_ids for each in ahead.completions] == [each.token_ids for each in plain.completions]
+    assert ahead.stats.decode == plain.stats.decode
+    came = ahead.stats.prefetch
+    assert came is not None
+    assert came.steps == {round(1 / (2 * ROWS), 4): LOOK, then: 24 - LOOK}
+    assert came.prefetched_bytes > 0
