@@ -111,9 +111,8 @@ def predictor_of(
     """
     if not runtime.looks_ahead:
         return PastRequests()
-    how = {"implementation": runtime.implementation}
-    known = calibration.predictor(config, params, **how) if calibration else make_predictor(config, params, **how)
-    ahead = executed or known
+    predictor = calibration.predictor if calibration else make_predictor
+    ahead = executed or predictor(config, params, implementation=runtime.implementation)
     return PastRequests(ahead) if runtime.recalls_requests else ahead
 
 
