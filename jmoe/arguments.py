@@ -92,7 +92,9 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--draft-experts", type=int, metavar="N", help="of each layer that draft; default: all slots")
     group.add_argument("--draft-tokens", type=int, metavar="N", help="the most that --draft auto tries (default: 4)")
     group.add_argument("--prefetch", choices=get_args(Prefetching), help="bring experts before their router asks")
-    group.add_argument("--prefetch-experts", type=float, metavar="X", help="to prefetch in each layer (default: 0.25)")
+    group.add_argument(
+        "--prefetch-experts", type=float, metavar="X", help="most to prefetch of each layer (default: 1)"
+    )
     group.add_argument(
         "--execute-guess",
         type=float,

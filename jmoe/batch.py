@@ -172,13 +172,12 @@ class Batch:
         else:
             num_steps, counts = int(result.num_steps), _counts_of_steps(result)
             self._record(jax.tree.map(lambda steps: steps[:num_steps], result.routed), is_prefill=False)
-            if self.prefetching:
-                number, config = call.choice.number, self.engine.config
-                came = PrefetchStats.of_call(result.prefetched, num_steps, number, config)
-                self.clock.add_prefetch(came)
-                self.prefetching.see(came, num_steps, number)
         assert result.counters is not None  # a call has ended
-        self._count(call, num_steps, self._last_end - start, result.counters, counts)
+        done = self._count(call, num_steps, self._last_end - start, result.counters, counts)
+        if self.prefetching and isinstance(result, Emitted):
+            came = PrefetchStats.of_call(result.prefetched, num_steps, call.choice.number, self.engine.config)
+            self.clock.add_prefetch(came)
+            self.prefetching.learn(call.num_active, call.choice.number, done, came)
         yield from self._hand_out(*map(np.asarray, (result.token_ids, result.logprobs, result.done)))
 
     @property
@@ -201,19 +200,17 @@ class Batch:
             self._draft_set = None  # its experts may lose their slots
         return _Call(choice, self._num_active, num_steps, start, result)
 
-    def _count(self, asked: _Call, num_steps: int, seconds: float, counters: Counters, counts: dict) -> None:
-        number, drafting = asked.choice.number, self.drafting
-        self._step_s[number] = seconds / max(1, num_steps)
+    def _count(self, asked: _Call, num_steps: int, seconds: float, counters: Counters, counts: dict) -> DecodeCalls:
+        drafted = self._drafted(asked.choice)
+        self._step_s[drafted] = seconds / max(1, num_steps)
         self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
         seen = ExpertCounts.read(counters)
         experts, self._seen = seen - self._seen, seen
-        drafted = number if drafting else 0
         call = DecodeCalls(num_draft_tokens=drafted, num_steps=num_steps, seconds=seconds, experts=experts, **counts)
-        if drafting:
-            drafting.record(asked.num_active, call)
+        if self.drafting:
+            self.drafting.record(asked.num_active, call)
             self.clock.add_call(call)
-        elif self.prefetching:
-            self.prefetching.record(asked.num_active, number, call)
+        return call
 
     def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
         if routed is not None and self.clock.recording is not None:
@@ -221,10 +218,14 @@ class Batch:
             ids, weights = np.asarray(routed.expert_ids), np.asarray(routed.combine_weights)
             self.clock.recording.add(ids, weights, requests, is_prefill=is_prefill)
 
+    def _drafted(self, choice: Choice) -> int:
+        """The number of tokens that are drafted at a time."""
+        return choice.number if self.drafting else 0
+
     def _num_steps(self, choice: Choice, capacity: int) -> int:
         """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches."""
         capacity = min(capacity, choice.num_steps or capacity)
-        step_s = self._step_s.get(choice.number)
+        step_s = self._step_s.get(self._drafted(choice))
         return capacity if not self.clock.is_live else 1 if step_s is None else min(capacity, _fitting(step_s))
 
     def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray, done: np.ndarray) -> Iterator[Delta]:

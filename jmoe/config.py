@@ -200,10 +200,10 @@ class RuntimeConfig:
     "auto", which measures what is fastest, `draft_tokens` at most. `draft_experts` of each layer draft, chosen by
     `draft_policy`; None is all that have a slot. `draft_missing` says what becomes of the choice of others.
 
-    `prefetch` brings `prefetch_experts` of each layer (0.25: a quarter of one) while its attention runs, those that it
-    will most probably miss (docs/prefetch.md), as long as half of what comes is of use. "lookahead" guesses in the
-    layer before, "activation" from past requests, "both" in the layer before, and from past requests for the first;
-    "auto" looks ahead and measures what amount is fastest, of none to one expert.
+    `prefetch` brings at most `prefetch_experts` of each layer (0.25: a quarter of one) while its attention runs, those
+    that it will most probably miss: as much as comes in time, as long as that saves something (docs/prefetch.md).
+    "lookahead" guesses in the layer before, "activation" from past requests, "both" in the layer before, and from past
+    requests for the first; "auto" looks ahead and measures what amount is fastest, of none to one expert.
 
     `execute_guess` CHANGES WHAT THE MODEL SAYS: layers whose calibrated recall is this or more decode with guessed
     experts, and not with those that their routers choose (docs/prefetch.md). 0 is every layer but the first.
@@ -229,7 +229,7 @@ class RuntimeConfig:
     draft_policy: DraftPolicy = "hot"
     draft_missing: Missing = "reroute"
     prefetch: Prefetching = "off"
-    prefetch_experts: float = 0.25
+    prefetch_experts: float = 1.0
     execute_guess: float | None = None
 
     def __post_init__(self) -> None:

@@ -60,11 +60,19 @@ class PrefetchStats:
         sizes = self.useful_bytes, self.wasted_bytes, self.prefetched_bytes, self.late_bytes or 0
         useful, wasted, both, late = (size / 1e6 / max(1, num_tokens) for size in sizes)
         of_which = "" if self.late_bytes is None else f", of which {late:.2f} late"
-        chosen = ", ".join(f"{count} steps of {amount:.3g}" for amount, count in self.steps.items())
         return [
             f"of that prefetched {both:.2f} MB a token: {useful:.2f} useful{of_which}, {wasted:.2f} wasted "
-            f"({self.useful_share:.1%} useful); {chosen} experts a layer"
+            f"({self.useful_share:.1%} useful); {self._amounts()}"
         ]
+
+    def _amounts(self) -> str:
+        """How many steps were to bring how much."""
+        plain, steps = self.steps.get(0, 0), {amount: count for amount, count in self.steps.items() if amount}
+        mean = sum(amount * count for amount, count in steps.items()) / max(1, sum(steps.values()))
+        least, most = min(steps, default=0), max(steps, default=0)
+        between = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}, {mean:.3g} on average,"
+        parts = [f"{sum(steps.values())} steps of {between} experts a layer"] if steps else []
+        return ", ".join(parts + [f"{plain} plain steps"] * (plain > 0))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from jmoe.decoding.contest import Choice
+from jmoe.decoding.prefetch_budget import Budget
+
 # XLA has two ways to make CPU code of a fusion. The older one compiles in half the time; what it makes is slower, which
 # shows with the demo model only.
 FAST_TO_COMPILE = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -22,9 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def brings_all_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fixed amount is prefetched from the first step, however good the guesses are: random models guess badly."""
-    monkeypatch.setattr("jmoe.prefetching.LOOK", 0)
-    monkeypatch.setattr("jmoe.prefetching.WORTH", 0.0)
+    """An amount is prefetched whole, from the first step, however good the guesses are: random models guess badly."""
+    monkeypatch.setattr(Budget, "choose", lambda budget: Choice(budget.most_rows))
 
 
 def asks_for_gpu(config: pytest.Config) -> bool:

@@ -91,11 +91,11 @@ def test_draft_options_that_mean_nothing_are_refused(argv: list[str], message: s
     ("argv", "expected"),
     [
         ([], {"prefetch": "off", "most_prefetched": 0}),
-        (["--prefetch", "lookahead"], {"prefetch": "lookahead", "prefetch_experts": 0.25, "most_prefetched": 1}),
+        (["--prefetch", "lookahead"], {"prefetch": "lookahead", "prefetch_experts": 1.0, "most_prefetched": 1}),
         (["--prefetch", "auto"], {"prefetch": "auto", "most_prefetched": 1}),
         (["--prefetch", "lookahead", "--prefetch-experts", "1.5"], {"prefetch_experts": 1.5, "most_prefetched": 2}),
         (["--prefetch", "activation", "--prefetch-experts", "1.5"], {"prefetch": "activation", "most_prefetched": 2}),
-        (["--prefetch", "both"], {"prefetch": "both", "prefetch_experts": 0.25, "most_prefetched": 1}),
+        (["--prefetch", "both"], {"prefetch": "both", "prefetch_experts": 1.0, "most_prefetched": 1}),
     ],
 )
 def test_prefetching(argv: list[str], expected: dict) -> None:

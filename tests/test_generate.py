@@ -146,7 +146,7 @@ def test_a_prefetch_does_not_change_the_text_and_is_summed_up(run) -> None:
     plain, _ = run(*options)
     ahead, err = run(*options, "--prefetch", "lookahead")
     assert ahead == plain
-    assert "prefetch of 0.25 experts a layer, at most " in err
+    assert "prefetch of up to 1 experts a layer, at most " in err
     assert "of that prefetched 0.0" in err
     report = json.loads(run(*options, "--prefetch", "lookahead", "--prefetch-experts", "1", "--json")[0])
     prefetch, plan = report["stats"]["prefetch"], report["plan"]

@@ -334,11 +334,13 @@ def line(**runtime) -> str:
 
 
 def test_what_the_engine_says() -> None:
-    assert line() == "prefetch of 0.25 experts a layer, at most 1.50 KiB a step, while attention runs"
+    assert line() == "prefetch of up to 1 experts a layer, at most 6.00 KiB a step, while attention runs"
     assert "at most 12.00 KiB a step" in line(prefetch_experts=2)
     assert "of 0, 0.25, 0.5, 1 experts a layer, whichever is fastest, at most 6.00 KiB a step" in line(prefetch="auto")
-    assert "0.25 experts a layer, guessed from past requests, at most 3.00 KiB a step" in line(prefetch="activation")
-    first = "guessed in the layer before and, for the first, from past requests, at most 3.00 KiB a step"
+    assert "up to 1 experts a layer, guessed from past requests, at most 12.00 KiB a step" in line(
+        prefetch="activation"
+    )
+    first = "guessed in the layer before and, for the first, from past requests, at most 12.00 KiB a step"
     assert first in line(prefetch="both")
     assert line(batch_size=3).endswith(
         "; not for 3 sequences together, which may ask for 6 experts of a layer of 2 slots"
@@ -470,7 +472,7 @@ def test_an_amount_that_is_measured_changes_no_token(monkeypatch: pytest.MonkeyP
     assert [steps[amount] for amount in (0.25, 0.5, 1.0)] == [3, 3, 3]
     assert steps[0] == generation.stats.num_decode_steps - 9
     assert came(generation).prefetched_bytes == 3 * (NUM_LAYERS - 1) * (ROWS + ROWS // 4 + ROWS // 2) * ROW_BYTES
-    chosen = f"{steps[0]} steps of 0, 3 steps of 0.25, 3 steps of 0.5, 3 steps of 1 experts a layer"
+    chosen = f"9 steps of 0.25 to 1, 0.583 on average, experts a layer, {steps[0]} plain steps"
     assert any(text.endswith(chosen) for text in generation.stats.lines())
 
 

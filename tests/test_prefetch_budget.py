@@ -1,0 +1,160 @@
+"""As much comes early as comes in time, and only while that saves more than guessing takes."""
+
+import itertools
+
+import pytest
+
+from jmoe.config import RuntimeConfig
+from jmoe.decoding import prefetch_budget
+from jmoe.decoding.contest import Choice
+from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK, LOOK_AGAIN, PARTS, ROOM, WASTE, Budget
+from jmoe.decoding.sampling import SamplingParams
+from jmoe.generation import Generation
+from jmoe.prefetch_stats import PrefetchStats
+from jmoe.prefetching import Prefetching
+from tests import models
+from tests.models import SMALL
+
+ROWS_OF_EXPERT, ROW_BYTES, NUM_GUESSES = 2304, 4096, 11  # of Qwen3-30B-A3B, 12 layers of it
+MOST = ROWS_OF_EXPERT  # a whole expert
+AMOUNT, PLAIN = Choice(MOST), Choice(0)
+WORTH = WASTE / (1 + WASTE)  # the useful share of large experts where all layers bring something, but for guessing
+
+
+def budget(most_rows: int = MOST, row_bytes: int = ROW_BYTES) -> Budget:
+    return Budget(most_rows, ROWS_OF_EXPERT, row_bytes, NUM_GUESSES)
+
+
+def came(
+    useful_share: float, num_steps: int, num_rows: int, *, late_share: float | None = None, row_bytes: int = ROW_BYTES
+) -> PrefetchStats:
+    """Of steps in which all layers brought something."""
+    size = num_steps * NUM_GUESSES * num_rows * row_bytes
+    useful = round(size * useful_share)
+    late = None if late_share is None else round(useful * late_share)
+    return PrefetchStats(useful_bytes=useful, wasted_bytes=size - useful, late_bytes=late)
+
+
+def looked(useful_share: float, **sizes) -> Budget:
+    made = budget(**sizes)
+    made.see(came(useful_share, LOOK, 1, **sizes), LOOK, 1)
+    return made
+
+
+def test_it_looks_before_anything_comes() -> None:
+    made = budget()
+    assert made.choose() == Choice(1, LOOK)
+    made.see(came(1.0, LOOK - 3, 1), LOOK - 3, 1)
+    assert made.choose() == Choice(1, 3)
+    made.see(came(1.0, 3, 1), 3, 1)
+    assert made.choose() == AMOUNT
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, PLAIN), (WORTH, PLAIN), (WORTH + 0.05, AMOUNT), (1.0, AMOUNT)], ids=str
+)
+def test_what_was_seen_decides(share: float, expected: Choice) -> None:
+    assert looked(share).choose() == expected
+
+
+@pytest.mark.parametrize(("row_bytes", "expected"), [(64, PLAIN), (ROW_BYTES, AMOUNT)])
+def test_small_experts_are_not_worth_a_guess(row_bytes: int, expected: Choice) -> None:
+    """Though all of them are of use: guessing takes as long as `GUESS_BYTES` take over the link."""
+    assert (MOST * row_bytes < GUESS_BYTES) == (expected == PLAIN)
+    assert looked(1.0, row_bytes=row_bytes).choose() == expected
+
+
+def test_where_next_to_nothing_is_missing_steps_are_plain() -> None:
+    made = budget()
+    made.see(came(1.0, LOOK // 8, 1), LOOK, 1)  # an eighth of the guesses brought anything
+    assert made.choose() == AMOUNT
+    made = budget()
+    made.see(PrefetchStats(), LOOK, 1)
+    assert made.choose() == PLAIN
+
+
+def test_it_ends_when_guesses_get_worse_and_looks_again_much_later() -> None:
+    made, steps = looked(1.0), HALF_LIFE
+    for expected in (AMOUNT, PLAIN):
+        made.see(came(0.0, steps, MOST), steps, MOST)
+        assert made.choose() == expected
+    made.see(PrefetchStats(), LOOK_AGAIN - 1, 0)
+    assert made.choose() == PLAIN
+    made.see(PrefetchStats(), 1, 0)
+    assert made.choose() == Choice(1, LOOK)
+    made.see(came(1.0, LOOK, 1), LOOK, 1)
+    assert made.choose() == AMOUNT
+
+
+def test_a_call_of_no_step_tells_nothing() -> None:
+    made = looked(1.0)
+    made.see(PrefetchStats(), 0, MOST)
+    assert made.choose() == AMOUNT
+
+
+def run(made: Budget, in_time: float, num_calls: int) -> list[int]:
+    """The rows that come where so many come in time."""
+    chosen = []
+    for _ in range(num_calls):
+        chosen.append(made.choose().number)
+        late_share = max(0.0, 1 - in_time / chosen[-1])
+        made.see(came(0.9, 8, chosen[-1], late_share=late_share), 8, chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("share", [0.11, 0.23, 0.57, 0.77])
+def test_it_brings_what_comes_in_time_and_a_little_more(share: float) -> None:
+    in_time, made = share * MOST, looked(0.9)
+    chosen = run(made, in_time, 12)
+    assert chosen[0] == MOST
+    assert all(after >= before / 2 for before, after in itertools.pairwise(chosen))
+    part = ROWS_OF_EXPERT // PARTS
+    assert all(in_time < rows <= ROOM * in_time + part for rows in chosen[5:])
+    assert all(rows % part == 0 for rows in chosen)
+
+
+def test_it_finds_more_time_when_there_is_more() -> None:
+    made = looked(0.9)
+    assert run(made, 0.06 * MOST, 8)[-1] < 0.1 * MOST
+    assert run(made, 0.7 * MOST, 16)[-1] > 0.7 * MOST
+    assert run(made, 2.0 * MOST, 8)[-1] == MOST
+
+
+def test_what_an_older_amount_brought_does_not_count_twice() -> None:
+    """The next call is on its way before this one's are counted."""
+    made = looked(0.9)
+    for _ in range(2):
+        made.see(came(0.9, 8, MOST, late_share=0.9), 8, MOST)
+    assert made.choose() == Choice(MOST // 2)
+
+
+def test_without_a_clock_the_whole_amount_comes() -> None:
+    made = looked(0.9)
+    made.see(came(0.9, 8, MOST), 8, MOST)
+    assert made.choose() == AMOUNT
+
+
+def test_an_amount_that_is_chosen_by_time_is_left_to_that() -> None:
+    made = Prefetching(SMALL, RuntimeConfig(prefetch="auto"))
+    assert made.choose(1) == Choice(0)
+
+
+def ran(**runtime) -> Generation:
+    made = models.engine(SMALL, prefill_chunk=16, decode_chunk=6, expert_slots=SMALL.num_experts_per_tok, **runtime)
+    generation = made.generate(models.prompts(9), [SamplingParams(max_new_tokens=25, temperature=2.0)])
+    generation.results()
+    return generation
+
+
+@pytest.mark.parametrize(("waste", "then"), [(0.0, 0.5), (1e6, 0.0)], ids=["cheap", "dear"])
+def test_an_engine_looks_and_then_brings_all_or_nothing(waste: float, then: float, monkeypatch) -> None:
+    """The tokens, hits and misses are those without a prefetch."""
+    monkeypatch.setattr(prefetch_budget, "GUESS_BYTES", 1)
+    monkeypatch.setattr(prefetch_budget, "WASTE", waste)
+    plain, ahead = ran(), ran(prefetch="lookahead", prefetch_experts=0.5)
+    assert [each.token_ids for each in ahead.completions] == [each.token_ids for each in plain.completions]
+    assert ahead.stats.decode == plain.stats.decode
+    came = ahead.stats.prefetch
+    assert came is not None
+    assert came.steps == {round(1 / (3 * SMALL.moe_intermediate_size), 4): LOOK, then: 24 - LOOK}
+    assert came.prefetched_bytes > 0
