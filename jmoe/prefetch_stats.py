@@ -68,11 +68,12 @@ class PrefetchStats:
     def _amounts(self) -> str:
         """How many steps were to bring how much."""
         plain, steps = self.steps.get(0, 0), {amount: count for amount, count in self.steps.items() if amount}
-        mean = sum(amount * count for amount, count in steps.items()) / max(1, sum(steps.values()))
-        least, most = min(steps, default=0), max(steps, default=0)
-        between = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}, {mean:.3g} on average,"
-        parts = [f"{sum(steps.values())} steps of {between} experts a layer"] if steps else []
-        return ", ".join(parts + [f"{plain} plain steps"] * (plain > 0))
+        count, least, most = sum(steps.values()), min(steps, default=0), max(steps, default=0)
+        mean = sum(amount * count for amount, count in steps.items()) / max(1, count)
+        one = f"{most:.3g} experts a layer"
+        amounts = one if least == most else f"{least:.3g} to {one}, {mean:.3g} on average"
+        parts = [(plain, "plain steps"), (count, f"steps of {amounts}")]
+        return ", ".join(f"{number} {what}" for number, what in parts if number)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

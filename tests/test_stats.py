@@ -115,7 +115,7 @@ def test_a_prefetch_in_words_and_as_json() -> None:
     made = stats(prefetch=AHEAD)
     lines = made.lines()
     expected = "of that prefetched 5.00 MB a token: 3.00 useful, of which 0.50 late, 2.00 wasted (60.0% useful); "
-    assert expected + "8 steps of 0.5 experts a layer, 2 plain steps" in lines
+    assert expected + "2 plain steps, 8 steps of 0.5 experts a layer" in lines
     assert "3.00 useful, 2.00 wasted" in dataclasses.replace(AHEAD, late_bytes=None).lines(20)[0]
     assert lines[lines.index(AHEAD.lines(20)[0]) - 1].startswith("fetched 17.00 MB a token, 0.68 GB/s")
     values = json.loads(json.dumps(made.to_dict()))

@@ -24,9 +24,9 @@ embedding table, and every expert asked for), and a pass over device memory in t
 `prefetch` is how many experts of a layer came early, `early_mb` what of them a token used (of its `mb_per_token`, which
 crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. `late_mb` is the part of
 `early_mb` that was still on its way when its layer's demand was known, and so was waited for; a dash where no clock
-says so, as on a CPU. With --prefetch-experts 0 nothing comes early, nor while less than half of what comes is of use
-(`jmoe/prefetching.py`): the first run of a row, which is not timed, sees to that. What --prefetch activation and both
-know of past requests is learned from the runs of each row.
+says so, as on a CPU. With --prefetch-experts 0 nothing comes early, with more as much as comes in time, up to that,
+while it saves more than guessing costs (`jmoe/decoding/prefetch_budget.py`): the first run of a row, which is not
+timed, finds out. What --prefetch activation and both know of past requests is learned from the runs of each row.
 
 --prefetch oracle shows what bringing experts early can do, were every guess right: the same prompts are run once
 before, with the same seeds, and what each step asked for is brought where it is missing. Its `useful` is 1, or in
