@@ -87,20 +87,27 @@ def kernel(body: Callable, tile: Tiling, config: Config, dtype, *, out_type=(), 
     )
 
 
-def copy_tiles(tile: Tiling, config: Config, num_tiles, load: Callable, keep: Callable, stages, arrived) -> None:
+def copy_tiles(
+    tile: Tiling, config: Config, num_tiles, load: Callable, keep: Callable, stages, arrived, *, in_turn: bool = False
+) -> None:
     """Inside a kernel: block b copies tiles b, b + num_blocks, … of the first `num_tiles` of some experts in order.
 
+    Their order is one expert after the other, or, of whole experts, `in_turn` a tile of each.
     `load(entry, at, stage, arrived)` starts to bring the rows `at` of the expert numbered `entry`, `keep(entry, at,
     stage)` to send them on. `stages` is [num_stages, tile.rows, tile.columns], `arrived` [num_stages].
     """
     num_blocks, num_stages = config.num_blocks, config.num_stages
     block = lax.axis_index("block")
     num_mine = lax.div(num_tiles - block + num_blocks - 1, num_blocks)
+    num_experts = lax.div(num_tiles, tile.num_tiles)  # no tile is placed where it is 0
 
     def place(i):
         at = i * num_blocks + block
-        entry = lax.div(at, tile.num_tiles)
-        return entry, pl.ds(lax.rem(at, tile.num_tiles) * tile.rows, tile.rows)
+        if in_turn:
+            n, entry = lax.div(at, num_experts), lax.rem(at, num_experts)
+        else:
+            entry, n = lax.div(at, tile.num_tiles), lax.rem(at, tile.num_tiles)
+        return entry, pl.ds(n * tile.rows, tile.rows)
 
     def load_into(i, stage):
         load(*place(i), stages.at[stage], arrived.at[stage])

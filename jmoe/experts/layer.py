@@ -81,7 +81,8 @@ class Progress:
 
     `outlook` is what a step that admits goes by, its policy's. With a prefetch, `guess` is what the next layer will
     miss, and `arrivals` what came early for each so far, or each but the first; `known_at` is when the demand of these
-    layers was known, where there is a clock.
+    layers was known, where there is a clock. `fetched`, whose values are of no matter, is computed once the last
+    layer's experts are in their slots, multiplied with or not.
     """
 
     staging: Halves
@@ -92,6 +93,7 @@ class Progress:
     num_fetched: tuple[Int[Array, ""], ...] = ()
     outlook: Any = None
     guess: Guess | None = None
+    fetched: Array | None = None
     arrivals: tuple[Arrivals, ...] = ()
     known_at: tuple[Int[Array, ""], ...] = ()
 
@@ -189,9 +191,11 @@ class OffloadedExperts(MoE):
         """What the next layer will probably miss, once this one's experts have come: before, the link is theirs."""
         if carry.guess is None or self.prefetch is None:
             return y, carry
-        y, best = jax.lax.optimization_barrier((y, carry.guess))  # else XLA makes the guess together with the routing
+        after, best = jax.lax.optimization_barrier((carry.fetched, carry.guess))
+        y, _ = jax.lax.optimization_barrier((y, best))  # else XLA makes the guess together with the next routing
+        carry = dataclasses.replace(carry, guess=None, fetched=None)
         with jax.named_scope("prefetch"):
-            return y, self._bring(self.prefetch, moe_layer + 1, best, dataclasses.replace(carry, guess=None), after=y)
+            return y, self._bring(self.prefetch, moe_layer + 1, best, carry, after)
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))
@@ -227,7 +231,8 @@ class OffloadedExperts(MoE):
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and not self.layout.overflows(routing.expert_ids.size):
-            y, slots = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
+            y, slots, fetched = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
+            carry = dataclasses.replace(carry, fetched=fetched)
         else:
             if self.admits:
                 slots = self._fetch(moe_layer, slots, plan_of(admitted))
@@ -264,12 +269,16 @@ class OffloadedExperts(MoE):
             return fetch(store, slots, *copies, arrivals=arrivals, implementation=self.implementation)
 
     def _fetch_and_multiply(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups, arrivals):
-        """In one pass where a kernel does both, so that experts that are here are multiplied with while others come."""
+        """In one pass where a kernel does both, so that experts that are here are multiplied with while others come.
+
+        What comes third is there once the experts are.
+        """
         if read_through.can(self.implementation, x, slots):
             with jax.named_scope("experts"):
-                return read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted, arrivals)
+                y, slots = read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted, arrivals)
+            return y, slots, y
         slots = self._fetch(moe_layer, slots, plan_of(admitted), arrivals)
-        return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots
+        return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots, slots[:1, 0, 0, :1]
 
 
 def plan_of(admitted: Admitted) -> FetchPlan:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import tuning
 from kernels_pallas.decode_attention.mosaic_gpu_parts import COMPILER_PARAMS, parts
 from kernels_pallas.decode_attention.shape import LANES, TILE, WARPS, Shape
+from kernels_pallas.multiprocessors import BESIDE_A_COPY
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP = 16  # queries of a KV head
@@ -26,7 +27,7 @@ LOWEST = -1e30  # below all scores, and finite: the difference of two is a numbe
 class Config:
     """About how many blocks run. Raises ValueError for less than one."""
 
-    num_blocks: int = 264  # two on each of the 132 multiprocessors of an H200
+    num_blocks: int = 2 * BESIDE_A_COPY  # two on each multiprocessor
     max_stages: int = 2  # tiles of keys and of values in shared memory
 
     def __post_init__(self) -> None:

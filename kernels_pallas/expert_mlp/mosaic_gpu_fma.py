@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import tuning
 from kernels_pallas.expert_mlp.asked import AskedGroups
 from kernels_pallas.host_view import device_view
+from kernels_pallas.multiprocessors import COUNT
 from kernels_pallas.prefetch.arrivals import Arrivals, entry_of
 from kernels_pallas.row_dots import (
     COLUMNS,
@@ -40,7 +41,7 @@ from kernels_pallas.row_dots import (
 class Config:
     """How many blocks run, and the most warpgroups in each. Raises ValueError for less than one."""
 
-    num_blocks: int = 132  # multiprocessors of an H200: one block on each
+    num_blocks: int = COUNT  # one on each multiprocessor
     max_warpgroups: int = 4
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.expert_mlp.row_lists import ALIGNMENT, RowLists
+from kernels_pallas.multiprocessors import COUNT
 
 M = 64  # rows of one tensor core instruction: those of a warpgroup
 STEPS = 64  # of the sum: what is multiplied at once, 128 bytes of 16 bit
@@ -39,7 +40,7 @@ COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgp
 class Config:
     """How many blocks run, and how many warpgroups of each have 64 rows. Raises ValueError for less than one."""
 
-    num_blocks: int = 132  # multiprocessors of an H200: one block on each
+    num_blocks: int = COUNT  # one on each multiprocessor
     num_warpgroups: int = 2
 
     def __post_init__(self) -> None:

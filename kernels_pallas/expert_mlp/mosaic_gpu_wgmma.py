@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
 from kernels_pallas.expert_mlp.asked import asked_first
+from kernels_pallas.multiprocessors import BESIDE_A_COPY
 
 M = 64  # rows of the left operand of one tensor core instruction
 CHUNK = 128  # columns of gate and up in a tile of the first kernel: what is multiplied at once
@@ -40,7 +41,7 @@ UNITS = plgpu.Layout.TILED(plgpu.Tiling(((16, 8), (4, 8), (1,))), warp_dims=(-5,
 class Config:
     """How many blocks run, and the most warpgroups in each. Raises ValueError for less than one."""
 
-    num_blocks: int = 132  # multiprocessors of an H200: one block on each
+    num_blocks: int = BESIDE_A_COPY  # one on each multiprocessor
     max_warpgroups: int = 2
 
     def __post_init__(self) -> None:

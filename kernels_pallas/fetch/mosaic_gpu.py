@@ -73,6 +73,8 @@ def _copy_plan(tile: Tiling, config: Config, width: int, *, takes_arrivals: bool
         def keep(entry, rows, stage) -> None:
             plgpu.copy_smem_to_gmem(stage, slots.at[slot_ids[entry], rows])
 
-        tile_ring.copy_tiles(tile, config, count[0] * tile.num_tiles, load, keep, stages, arrived)
+        # In turn, so that the link is busy while what has arrived, of some, is copied on the device.
+        num_tiles = count[0] * tile.num_tiles
+        tile_ring.copy_tiles(tile, config, num_tiles, load, keep, stages, arrived, in_turn=takes_arrivals)
 
     return copy_plan

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
+from kernels_pallas.multiprocessors import BESIDE_A_COPY
 from kernels_pallas.norm_linear import row_norm
 from kernels_pallas.row_dots import (
     COLUMNS,
@@ -48,7 +49,7 @@ class Config:
     Raises ValueError for less than one, and for a tile of less than the 256 columns of float32 that it has at least.
     """
 
-    num_blocks: int = 132  # multiprocessors of an H200: one block on each
+    num_blocks: int = BESIDE_A_COPY  # one on each multiprocessor
     max_warpgroups: int = 4
     max_stages: int = 8
     tile_bytes: int = 16 * 1024

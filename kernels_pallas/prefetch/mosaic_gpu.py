@@ -14,14 +14,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tile_ring
 from kernels_pallas.host_view import device_view
+from kernels_pallas.multiprocessors import COPYING
 from kernels_pallas.prefetch import clock
 from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
 from kernels_pallas.tile_ring import Config, Tiling, tiling
 
 STREAM = "gpu_stream:1"
+CONFIG = Config(num_blocks=COPYING)
 
 
-def prefetch(store, expert_ids, count, num_rows, after=None, *, config: Config = Config(), interpret=None) -> Arrivals:
+def prefetch(store, expert_ids, count, num_rows, after=None, *, config: Config = CONFIG, interpret=None) -> Arrivals:
     """`after` is an operand of the kernel that it does not read: XLA starts it no sooner.
 
     A tile is a part of `came_at`, timed once it lies in shared memory; nothing is where the kernel is interpreted.
