@@ -133,14 +133,19 @@ def profile_prefill(engine: Engine, options: argparse.Namespace, directory: Path
 
 
 def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
-    """Decodes under the profiler; the number of steps in the trace."""
-    generation, seen = iter(generate(engine, options)), 0
-    for delta in generation:  # the prompt, and the first calls
+    """Decodes under the profiler, after a first time that finds how much to prefetch; how many steps are traced."""
+    generate(engine, options).results()
+    generation = generate(engine, options)
+    deltas, seen = iter(generation), 0
+    for delta in deltas:  # the prompt, and the first calls
         seen += delta.index == 0 and len(delta.token_ids)
         if seen > options.steps // 2:
             break
     with jax.profiler.trace(str(directory)):
-        return sum(len(delta.token_ids) for delta in generation if delta.index == 0)
+        steps = sum(len(delta.token_ids) for delta in deltas if delta.index == 0)
+    if generation.stats.prefetch:
+        print(*generation.stats.prefetch.lines(generation.stats.num_decode_tokens), sep="\n")
+    return steps
 
 
 def compiled_text(engine: Engine, *, prefill: bool) -> str:
