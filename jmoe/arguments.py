@@ -91,7 +91,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--draft-experts", type=int, metavar="N", help="of each layer that draft; default: all slots")
     group.add_argument("--draft-tokens", type=int, metavar="N", help="the most that --draft auto tries (default: 4)")
-    group.add_argument("--prefetch", choices=get_args(Prefetching), help="bring experts before their router asks")
+    group.add_argument(
+        "--prefetch",
+        choices=get_args(Prefetching),
+        help="bring experts before their router asks (default: auto, by lookahead where kernels run without drafts)",
+    )
     group.add_argument(
         "--prefetch-experts", type=float, metavar="X", help="most to prefetch of each layer (default: 1)"
     )
@@ -204,11 +208,8 @@ def runtime_config(options: argparse.Namespace, num_prompts: int) -> RuntimeConf
         )
     if options.draft_experts is not None and made.draft == "off":
         raise ValueError("--draft-experts says what drafts, and nothing does; add --draft auto, or a number")
-    if options.prefetch_experts is not None and made.prefetch in ("off", "auto"):
-        raise ValueError(
-            "--prefetch-experts is what --prefetch lookahead, activation or both brings, and --prefetch is "
-            f"{made.prefetch}; leave it out"
-        )
+    if options.prefetch_experts is not None and made.prefetch == "off":
+        raise ValueError("--prefetch-experts is the most that a prefetch brings, and --prefetch is off; leave it out")
     return made
 
 

@@ -173,11 +173,11 @@ class Batch:
             num_steps, counts = int(result.num_steps), _counts_of_steps(result)
             self._record(jax.tree.map(lambda steps: steps[:num_steps], result.routed), is_prefill=False)
         assert result.counters is not None  # a call has ended
-        done = self._count(call, num_steps, self._last_end - start, result.counters, counts)
+        self._count(call, num_steps, self._last_end - start, result.counters, counts)
         if self.prefetching and isinstance(result, Emitted):
             came = PrefetchStats.of_call(result.prefetched, num_steps, call.choice.number, self.engine.config)
             self.clock.add_prefetch(came)
-            self.prefetching.learn(call.num_active, call.choice.number, done, came)
+            self.prefetching.learn(call.num_active, call.choice.number, num_steps, came)
         yield from self._hand_out(*map(np.asarray, (result.token_ids, result.logprobs, result.done)))
 
     @property
@@ -200,7 +200,7 @@ class Batch:
             self._draft_set = None  # its experts may lose their slots
         return _Call(choice, self._num_active, num_steps, start, result)
 
-    def _count(self, asked: _Call, num_steps: int, seconds: float, counters: Counters, counts: dict) -> DecodeCalls:
+    def _count(self, asked: _Call, num_steps: int, seconds: float, counters: Counters, counts: dict) -> None:
         drafted = self._drafted(asked.choice)
         self._step_s[drafted] = seconds / max(1, num_steps)
         self.clock.add_decode(num_steps, seconds, counts["num_tokens"])
@@ -210,7 +210,6 @@ class Batch:
         if self.drafting:
             self.drafting.record(asked.num_active, call)
             self.clock.add_call(call)
-        return call
 
     def _record(self, routed: Routed | None, *, is_prefill: bool) -> None:
         if routed is not None and self.clock.recording is not None:

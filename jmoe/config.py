@@ -16,7 +16,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 RESIDENCY_POLICIES = ("lru", "lru2", "lfu", "lfru", "activation", "reuse")
 DraftPolicy = Literal["hot", "hot_temporal", "hot_global", "frozen", "random", "resident"]  # see `jmoe.experts.draft`
 Missing = Literal["reroute", "substitute", "drop"]
-Prefetching = Literal["off", "lookahead", "activation", "both", "auto"]
+Prefetching = Literal["auto", "off", "lookahead", "activation", "both"]
 MOST_PREFETCHED = 4  # experts of a layer
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
@@ -203,7 +203,7 @@ class RuntimeConfig:
     `prefetch` brings at most `prefetch_experts` of each layer (0.25: a quarter of one) while its attention runs, those
     that it will most probably miss: as much as comes in time, as long as that saves something (docs/prefetch.md).
     "lookahead" guesses in the layer before, "activation" from past requests, "both" in the layer before, and from past
-    requests for the first; "auto" looks ahead and measures what amount is fastest, of none to one expert.
+    requests for the first; "auto" is "lookahead" where the kernels run and nothing is drafted, else "off".
 
     `execute_guess` CHANGES WHAT THE MODEL SAYS: layers whose calibrated recall is this or more decode with guessed
     experts, and not with those that their routers choose (docs/prefetch.md). 0 is every layer but the first.
@@ -228,7 +228,7 @@ class RuntimeConfig:
     draft_tokens: int = 4
     draft_policy: DraftPolicy = "hot"
     draft_missing: Missing = "reroute"
-    prefetch: Prefetching = "off"
+    prefetch: Prefetching = "auto"
     prefetch_experts: float = 1.0
     execute_guess: float | None = None
 
@@ -281,7 +281,7 @@ class RuntimeConfig:
             f"prefetch_experts={amount!r} must be a number of experts a layer, above 0 and at most {MOST_PREFETCHED}",
         )
         _require(
-            kind == "off" or self.draft == "off",
+            kind in ("auto", "off") or self.draft == "off",
             f"prefetch={kind!r} does not go with draft={self.draft!r}: what drafts is resident, and a verification "
             'asks for more experts than a prefetch brings; choose draft="off" or prefetch="off"',
         )
@@ -308,15 +308,13 @@ class RuntimeConfig:
 
     @property
     def most_prefetched(self) -> int:
-        """The most experts of a layer that a prefetch brings, whole or not; 0 without one."""
-        if self.prefetch == "auto":
-            return 1
-        return 0 if self.prefetch == "off" else math.ceil(self.prefetch_experts)
+        """The most experts of a layer that a prefetch brings, whole or not; 0 without one, and for "auto" as it is."""
+        return math.ceil(self.prefetch_experts) if self.looks_ahead or self.recalls_requests else 0
 
     @property
     def looks_ahead(self) -> bool:
         """Whether a prefetch goes by what the layer before guesses."""
-        return self.prefetch in ("lookahead", "both", "auto")
+        return self.prefetch in ("lookahead", "both")
 
     @property
     def recalls_requests(self) -> bool:

@@ -31,7 +31,7 @@ from jmoe.generation import Generation
 from jmoe.memory_plan import MemoryPlan, plan_memory
 from jmoe.model.families import trunk_shapes
 from jmoe.model.kv_cache import KVCache, emptied
-from jmoe.prefetching import predictor_of, prefetching, prefetching_line
+from jmoe.prefetching import predictor_of, prefetching, prefetching_line, settled
 from jmoe.programs import Programs
 from jmoe.tokenizer import Tokenizer
 
@@ -132,11 +132,11 @@ class Engine:
         announce: Announce | None = None,
         **details: Any,
     ) -> "Engine":
-        """Plans memory, announces the plan, and only then makes the weights.
+        """Settles what is automatic, plans memory, announces the plan, and only then makes the weights.
 
         Raises ValueError if it cannot fit, or to execute guesses without a calibration, or with one MoE layer.
         """
-        say = announce or (lambda line: None)
+        runtime, say = settled(runtime), announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
         calibration: Calibration | None = details.get("calibration")
         calibration_bytes = calibration.device_bytes(config) if calibration else 0

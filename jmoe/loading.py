@@ -13,6 +13,7 @@ from jmoe.experts import affinity
 from jmoe.experts.prefetch_file import Calibration, file_beside, read_calibration
 from jmoe.experts.store import ExpertStore
 from jmoe.hf_files import read_json
+from jmoe.prefetching import settled
 from jmoe.programs import Programs
 from jmoe.router_delta import RouterDelta
 from jmoe.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -44,6 +45,7 @@ def load(
     delta = None if router is None else RouterDelta.read(router, manifest)
     fingerprint = manifest.fingerprint if delta is None else delta.fingerprint
     config = as_run(manifest.config)
+    runtime = settled(runtime)
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
     calibration = None if delta else _calibration(path, config, runtime, announce)  # of the checkpoint's own routers
     if delta and runtime.execute_guess is not None:

@@ -1,14 +1,14 @@
 """Prefetching in the engine: how many rows decode steps bring early, and who guesses of which experts."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from jaxtyping import Array
 
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
-from jmoe.decoding.contest import Choice, Contest
+from jmoe.decoding.contest import Choice
 from jmoe.decoding.prefetch_budget import Budget
-from jmoe.decoding.prefetch_choice import AMOUNTS, prefetch_chooser
 from jmoe.experts import look_ahead
 from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.experts.look_ahead import Foresight
@@ -16,65 +16,60 @@ from jmoe.experts.prefetch import PastRequests, make_predictor
 from jmoe.experts.prefetch_file import Calibration
 from jmoe.memory_plan import MemoryPlan
 from jmoe.prefetch_stats import PrefetchStats
-from jmoe.stats import DecodeCalls
+from kernels_pallas.prefetch import api as prefetch_api
 
 _GUESSES = {
     "lookahead": "",
-    "auto": "",
     "activation": ", guessed from past requests",
     "both": ", guessed in the layer before and, for the first, from past requests",
 }
 
 
 class Prefetching:
-    """How many rows come early in each layer, at most `num_experts` experts; kept from generation to generation.
+    """How many rows of D values come early in each layer, and never of more than `num_experts`: as many as pay.
 
-    The number of a choice is that of rows of D values, 0 in a plain step. Of "auto" it is what is fastest, else as much
-    of what was asked for as pays (`Budget`).
+    What is known of that (`Budget`) is kept from generation to generation, by how many sequences are decoded together,
+    in powers of two. The number of a choice is that of rows, 0 in a plain step.
     """
 
     def __init__(self, config: ModelConfig, runtime: RuntimeConfig):
         self.num_experts = runtime.most_prefetched
         self.rows_of_expert = 3 * config.moe_intermediate_size
-        self._chooser = prefetch_chooser(self.rows_of_expert) if runtime.prefetch == "auto" else None
-        rows = max(1, round(runtime.prefetch_experts * self.rows_of_expert))
-        num_guesses = len(config.moe_layers) - (not runtime.recalls_requests)
-        self._budget = Budget(rows, self.rows_of_expert, config.expert_bytes // self.rows_of_expert, num_guesses)
-
-    @property
-    def learns(self) -> bool:
-        """Whether the amount is chosen by how fast steps are."""
-        return self._chooser is not None
+        self.most_rows = max(1, round(runtime.prefetch_experts * self.rows_of_expert))
+        self._row_bytes = config.expert_bytes // self.rows_of_expert
+        self._num_guesses = len(config.moe_layers) - (not runtime.recalls_requests)
+        self._budgets: dict[int, Budget] = {}
 
     @property
     def programs(self) -> list[Choice]:
         """A choice for each jitted step that may run."""
         return [Choice(0), Choice(self.most_rows)]
 
-    @property
-    def most_rows(self) -> int:
-        return self._chooser.numbers[-1] if self._chooser else self._budget.most_rows
-
-    def contest(self, num_sequences: int) -> Contest | None:
-        """What is known about how fast amounts are for so many sequences together, if it is learned."""
-        return self._chooser.contest(num_sequences) if self._chooser else None
-
     def choose(self, num_sequences: int) -> Choice:
         """For the next call, of so many sequences."""
-        return self._chooser.choose(num_sequences) if self._chooser else self._budget.choose()
+        return self._budget(num_sequences).choose()
 
-    def learn(self, num_sequences: int, num_rows: int, call: DecodeCalls, came: PrefetchStats) -> None:
-        """From a call that began with so many sequences, and what it brought early."""
-        if self._chooser:
-            self._chooser.record(num_sequences, num_rows, call)
-        else:
-            self._budget.see(came, call.num_steps, num_rows)
+    def learn(self, num_sequences: int, num_rows: int, num_steps: int, came: PrefetchStats) -> None:
+        """From what the steps of a call, that began with so many sequences, brought early."""
+        self._budget(num_sequences).see(came, num_steps, num_rows)
+
+    def _budget(self, num_sequences: int) -> Budget:
+        made = Budget(self.most_rows, self.rows_of_expert, self._row_bytes, self._num_guesses)
+        return self._budgets.setdefault((num_sequences - 1).bit_length(), made)
+
+
+def settled(runtime: RuntimeConfig) -> RuntimeConfig:
+    """With what prefetch="auto" stands for here: "lookahead" where kernels run and nothing is drafted, else "off"."""
+    if runtime.prefetch != "auto":
+        return runtime
+    can = runtime.draft == "off" and prefetch_api.resolve(runtime.implementation) == "mosaic_gpu"
+    return dataclasses.replace(runtime, prefetch="lookahead" if can else "off")
 
 
 def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> Prefetching | None:
     """What `runtime` asks for; None where no step prefetches."""
     needless = plan.layout.all_resident or plan.layout.num_layers < 2
-    return None if runtime.prefetch == "off" or needless else Prefetching(config, runtime)
+    return Prefetching(config, runtime) if runtime.most_prefetched and not needless else None
 
 
 def predictor_of(
@@ -107,10 +102,8 @@ def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPl
         return "prefetch: none is needed, every expert is resident, or there is one layer of them"
     num_layers = layout.num_layers - (not runtime.recalls_requests)
     size = memory.format_bytes(num_layers * made.most_rows * config.expert_bytes // made.rows_of_expert)
-    tried, most = ", ".join(f"{amount:g}" for amount in AMOUNTS), f"{runtime.prefetch_experts:g}"
-    amounts = f"0, {tried} experts a layer, whichever is fastest" if made.learns else f"up to {most} experts a layer"
-    guesses = _GUESSES[runtime.prefetch]
-    line = f"prefetch of {amounts}{guesses}, at most {size} a step, while attention runs"
+    amount, guesses = f"up to {runtime.prefetch_experts:g} experts a layer", _GUESSES[runtime.prefetch]
+    line = f"prefetch of {amount}{guesses}, at most {size} a step, while attention runs"
     if pays(config, plan, plan.batch_size):
         return line
     most = min(plan.batch_size * config.num_experts_per_tok, layout.num_experts)

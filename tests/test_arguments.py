@@ -90,9 +90,11 @@ def test_draft_options_that_mean_nothing_are_refused(argv: list[str], message: s
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], {"prefetch": "off", "most_prefetched": 0}),
+        ([], {"prefetch": "auto", "prefetch_experts": 1.0}),
+        (["--draft", "2"], {"prefetch": "auto", "draft": 2}),
+        (["--prefetch", "off"], {"prefetch": "off", "most_prefetched": 0}),
         (["--prefetch", "lookahead"], {"prefetch": "lookahead", "prefetch_experts": 1.0, "most_prefetched": 1}),
-        (["--prefetch", "auto"], {"prefetch": "auto", "most_prefetched": 1}),
+        (["--prefetch-experts", "0.5"], {"prefetch": "auto", "prefetch_experts": 0.5}),
         (["--prefetch", "lookahead", "--prefetch-experts", "1.5"], {"prefetch_experts": 1.5, "most_prefetched": 2}),
         (["--prefetch", "activation", "--prefetch-experts", "1.5"], {"prefetch": "activation", "most_prefetched": 2}),
         (["--prefetch", "both"], {"prefetch": "both", "prefetch_experts": 1.0, "most_prefetched": 1}),
@@ -106,8 +108,7 @@ def test_prefetching(argv: list[str], expected: dict) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prefetch-experts", "1"], "lookahead, activation or both brings, and --prefetch is off"),
-        (["--prefetch", "auto", "--prefetch-experts", "1"], "and --prefetch is auto; leave it out"),
+        (["--prefetch", "off", "--prefetch-experts", "1"], "and --prefetch is off; leave it out"),
         (
             ["--prefetch", "lookahead", "--prefetch-experts", "0"],
             "prefetch_experts=0.0 must be a number",
@@ -132,7 +133,7 @@ def test_prefetching_in_a_runtime_file(tmp_path: Path) -> None:
     file.write_text('prefetch = "lookahead"\nprefetch_experts = 1\n', encoding="utf-8")
     assert RuntimeConfig.from_toml(file) == RuntimeConfig(prefetch="lookahead", prefetch_experts=1)
     file.write_text('prefetch = "on"\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="prefetch='on' is not one of off, lookahead, activation, both, auto"):
+    with pytest.raises(ValueError, match="prefetch='on' is not one of auto, off, lookahead, activation, both"):
         RuntimeConfig.from_toml(file)
 
 

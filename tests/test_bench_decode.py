@@ -210,7 +210,7 @@ def test_an_oracle_is_always_right(bench) -> None:
 @pytest.mark.parametrize("kind", ["activation", "both"])
 def test_guesses_from_past_requests(bench, kind: str) -> None:
     [row] = json.loads(bench("--shares", "0.25", "--no-reference", "--prefetch", kind)[-1])["rows"]
-    assert row["prefetch"] == 0.25
+    assert row["prefetch"] == 1
     assert row["early_mb"] + row["wasted_mb"] > 0
 
 

@@ -113,7 +113,7 @@ COLLECTION = (128 + 3) * len(LARGE.moe_layers) * LARGE.num_experts * 4
     [
         ({}, 0),
         ({"prefetch": "lookahead"}, 5000),
-        ({"prefetch": "auto"}, 5000),
+        ({"prefetch": "off"}, 0),
         ({"prefetch": "activation"}, COLLECTION),
         ({"prefetch": "both"}, 5000 + COLLECTION),
         ({"prefetch": "both", "residency_policy": "activation"}, 5000),  # which has it in any case

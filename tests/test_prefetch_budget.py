@@ -11,7 +11,8 @@ from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK, LOOK_AGA
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.generation import Generation
 from jmoe.prefetch_stats import PrefetchStats
-from jmoe.prefetching import Prefetching
+from jmoe.prefetching import Prefetching, settled
+from kernels_pallas.prefetch import api
 from tests import models
 from tests.models import SMALL
 
@@ -134,9 +135,32 @@ def test_without_a_clock_the_whole_amount_comes() -> None:
     assert made.choose() == AMOUNT
 
 
-def test_an_amount_that_is_chosen_by_time_is_left_to_that() -> None:
-    made = Prefetching(SMALL, RuntimeConfig(prefetch="auto"))
-    assert made.choose(1) == Choice(0)
+def test_what_pays_is_known_by_how_many_decode_together() -> None:
+    """In powers of two: 3 are as 4, and nothing is known of 2."""
+    made = Prefetching(SMALL, RuntimeConfig(prefetch="lookahead"))
+    made.learn(4, 1, LOOK, PrefetchStats(wasted_bytes=1000))
+    assert made.choose(3) == PLAIN
+    assert made.choose(2) == made.choose(1) == made.choose(5) == Choice(1, LOOK)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "runtime", "expected"),
+    [
+        ("mosaic_gpu", {}, "lookahead"),
+        ("mosaic_gpu", {"draft": "auto"}, "off"),
+        ("mosaic_gpu", {"prefetch": "off"}, "off"),
+        ("reference", {}, "off"),
+        ("reference", {"prefetch": "both"}, "both"),
+    ],
+)
+def test_it_is_automatic_where_kernels_run(kernels: str, runtime: dict, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(api, "resolve", lambda implementation: kernels)
+    assert settled(RuntimeConfig(**runtime)).prefetch == expected
+
+
+def test_an_engine_without_kernels_prefetches_nothing_of_itself() -> None:
+    made = models.engine(SMALL, implementation="reference")
+    assert (made.runtime.prefetch, made.prefetching, made.plan.prefetch_bytes) == ("off", None, 0)
 
 
 def ran(**runtime) -> Generation:

@@ -43,13 +43,13 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
 
 from jmoe import checkpoint, memory, sources
-from jmoe.config import ModelConfig, Prefetching, RuntimeConfig
+from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.loading import load_calibration, load_weights
@@ -65,6 +65,7 @@ from tools.reference_decode import reference_row
 from tools.workload import Lengths, Request, make_workload, random_workload, read_prompts
 
 PROMPTS = Path(__file__).parent.parent / "configs" / "prompts" / "python.jsonl"
+PREFETCHES = ("off", "lookahead", "activation", "both", "oracle")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -88,15 +89,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true", help="leave out the row with no slots")
     parser.add_argument("--residency-policy", choices=POLICIES, help="default: the engine's")
-    parser.add_argument("--prefetch", choices=(*get_args(Prefetching), "oracle"), default="off", help="default: off")
+    parser.add_argument("--prefetch", choices=PREFETCHES, default="off", help="default: off")
     parser.add_argument(
-        "--prefetch-experts", type=float, nargs="+", metavar="X", help="of each layer: a row each; default: 0.25"
+        "--prefetch-experts", type=float, nargs="+", metavar="X", help="most of each layer: a row each; default: 1"
     )
     parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
     args = parser.parse_args(argv)
     if args.config and args.prompts:
         parser.error("argument --prompts: not allowed with --config, whose prompts are random token ids")
-    if args.prefetch_experts and args.prefetch in ("off", "auto"):
+    if args.prefetch_experts and args.prefetch == "off":
         parser.error(
             "argument --prefetch-experts: is what --prefetch lookahead, activation, both or oracle brings; "
             "add one of them"
@@ -109,7 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.prefetch == "oracle" and len(args.batch_sizes) > 1:
         parser.error("argument --prefetch: oracle knows what one of --batch-sizes asks for; give one")
     args.prompts = args.prompts or PROMPTS
-    args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 0.25]
+    args.prefetch_experts = args.prefetch_experts or [0.0 if args.prefetch == "off" else 1.0]
     return args
 
 
@@ -179,7 +180,7 @@ class Bench:
         self.ceiling, self.hbm_gbps = memory.measure_link_gbps(), memory_gbps()
         self.weights = self._weights(path)
         say = functools.partial(print, flush=True)
-        looks_ahead = args.prefetch in ("lookahead", "both", "auto")
+        looks_ahead = args.prefetch in ("lookahead", "both")
         self.calibration = load_calibration(path, self.config, say) if path and looks_ahead else None
         self.oracle = self._record(*args.batch_sizes) if args.prefetch == "oracle" else None
         gc.collect()  # the slots of that engine
@@ -212,7 +213,6 @@ class Bench:
     def runtime(self, batch_size: int, expert_slots: int, prefetch_experts: float = 0.0) -> RuntimeConfig:
         args = self.args
         kind = "lookahead" if args.prefetch == "oracle" else args.prefetch
-        ahead = {"prefetch": kind, "prefetch_experts": prefetch_experts} if prefetch_experts else {}
         return RuntimeConfig(
             expert_slots=expert_slots,
             staging_slots=args.staging_slots,
@@ -223,7 +223,8 @@ class Bench:
             residency_policy=args.residency_policy,
             implementation="reference" if args.no_kernels else None,
             measure_link=False,
-            **ahead,
+            prefetch=kind if prefetch_experts else "off",
+            prefetch_experts=prefetch_experts or 1.0,
         )
 
     def sampling(self, batch_size: int, repeat: int) -> list[SamplingParams]:
@@ -265,7 +266,7 @@ class Bench:
         return {
             "batch": batch_size,
             "share": share,
-            "prefetch": self.args.prefetch if self.args.prefetch == "auto" else prefetch_experts or None,
+            "prefetch": prefetch_experts or None,
             "slots": slots,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
             "prompt_mb": prompt_bytes / 1e6,

@@ -216,6 +216,7 @@ class Bench:
             decode_chunk=options.decode_chunk,
             residency_policy="lfu" if way.name == "hottest" else None,
             draft=way.draft,
+            prefetch="off",
             draft_experts=way.experts,
             draft_tokens=max(options.draft_tokens),
             draft_policy=way.policy,

@@ -99,7 +99,8 @@ def _run(options: argparse.Namespace) -> None:
         decode_chunk=options.steps,
         measure_link=False,
         profiled=True,
-        **({"prefetch": "lookahead", "prefetch_experts": options.prefetch_experts} if options.prefetch_experts else {}),
+        prefetch="lookahead" if options.prefetch_experts else "off",
+        prefetch_experts=options.prefetch_experts or 1.0,
     )
     engine = Engine.start(config, runtime, lambda: random_weights(config, "flat", 0))
     with tempfile.TemporaryDirectory() as scratch:

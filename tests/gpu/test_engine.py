@@ -52,7 +52,8 @@ def expected() -> list[tuple[int, ...]]:
         {"expert_slots": 9, "implementation": "reference"},
         {"expert_slots": 5, "prefetch": "lookahead", "prefetch_experts": 1.6},  # in one pass with the arithmetic
         {"expert_slots": 12, "batch_size": 3, "prefetch": "lookahead"},  # by a fetch before it
-        {"expert_slots": 5, "prefetch": "auto"},
+        {"expert_slots": 5, "prefetch": "lookahead"},
+        {"expert_slots": 5, "prefetch": "off"},
         {"expert_slots": 5, "prefetch": "activation"},
         {"expert_slots": 5, "prefetch": "both", "prefetch_experts": 1.6},
         {"expert_slots": 5, "draft": 3},

@@ -199,6 +199,12 @@ def test_what_was_late_is_a_part_of_what_was_useful(runtime: dict) -> None:
     assert came.useful_bytes > 0
 
 
+def test_it_is_automatic_here() -> None:
+    made = models.engine(CONFIG, expert_slots=5, **OPTIONS)
+    assert made.runtime.prefetch == "lookahead"
+    assert made.prefetching is not None
+
+
 def test_without_kernels_nobody_knows_what_was_late() -> None:
     runtime = {"expert_slots": 5, "prefetch": "lookahead", "prefetch_experts": 1.6, "implementation": "reference"}
     generation = models.engine(CONFIG, **{**OPTIONS, **runtime}).generate(PROMPTS, GREEDY)
