@@ -10,6 +10,7 @@ import pytest
 
 from kernels_pallas import tuning
 from kernels_pallas.expert_mlp import reference
+from kernels_pallas.multiprocessors import COPYING
 from kernels_pallas.tile_ring import Config
 from tools import bench_expert_mlp, bench_kernels, tunable_kernels, tune_kernels
 from tools.tunable_kernels import Timed, Tunable
@@ -135,6 +136,17 @@ def test_candidates_that_do_not_fit_say_why() -> None:
     assert [made.problem(config) for config in made.candidates if config.max_warpgroups == 3] == [
         "307200 bytes of shared memory are more than 229376"
     ] * 2
+
+
+@pytest.mark.parametrize(
+    ("op", "spec"), [("expert_mlp", "batch_of_8"), ("decode_attention", "qwen3_30b"), ("norm_linear", "qwen3_30b_qkv")]
+)
+def test_what_may_run_beside_a_prefetch_leaves_it_its_multiprocessors(op: str, spec: str) -> None:
+    """Timed alone, more blocks may be faster."""
+    made = tunable_kernels.tunable(bench_kernels.SPECS[op][spec])
+    left = tunable_kernels.multiprocessors() - COPYING
+    numbers = {config.num_blocks for config in (made.heuristic, *made.candidates)}
+    assert {number % left and left % number for number in numbers} == {0}
 
 
 def test_the_defaults_have_places_of_their_own() -> None:

@@ -27,7 +27,7 @@ LOWEST = -1e30  # below all scores, and finite: the difference of two is a numbe
 class Config:
     """About how many blocks run. Raises ValueError for less than one."""
 
-    num_blocks: int = 2 * BESIDE_A_COPY  # two on each multiprocessor
+    num_blocks: int = 2 * BESIDE_A_COPY  # two on each of these multiprocessors
     max_stages: int = 2  # tiles of keys and of values in shared memory
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ UNITS = plgpu.Layout.TILED(plgpu.Tiling(((16, 8), (4, 8), (1,))), warp_dims=(-5,
 class Config:
     """How many blocks run, and the most warpgroups in each. Raises ValueError for less than one."""
 
-    num_blocks: int = BESIDE_A_COPY  # one on each multiprocessor
+    num_blocks: int = BESIDE_A_COPY  # one on each of these multiprocessors
     max_warpgroups: int = 2
 
     def __post_init__(self) -> None:

@@ -49,7 +49,7 @@ class Config:
     Raises ValueError for less than one, and for a tile of less than the 256 columns of float32 that it has at least.
     """
 
-    num_blocks: int = BESIDE_A_COPY  # one on each multiprocessor
+    num_blocks: int = BESIDE_A_COPY  # one on each of these multiprocessors
     max_warpgroups: int = 4
     max_stages: int = 8
     tile_bytes: int = 16 * 1024
