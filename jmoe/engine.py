@@ -136,7 +136,7 @@ class Engine:
 
         Raises ValueError if it cannot fit, or to execute guesses without a calibration, or with one MoE layer.
         """
-        runtime, say = settled(runtime), announce or (lambda line: None)
+        asked, runtime, say = runtime, settled(runtime), announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
         calibration: Calibration | None = details.get("calibration")
         calibration_bytes = calibration.device_bytes(config) if calibration else 0
@@ -153,7 +153,7 @@ class Engine:
         speculative = speculative_steps(steps, runtime)
         if runtime.draft != "off":
             say(drafting_line(speculative, runtime, plan.layout))
-        if runtime.prefetch != "off":
+        if asked.prefetch != "off":
             say(prefetching_line(config, runtime, plan))
         if runtime.execute_guess is not None:
             say(executing_line(config, runtime.execute_guess, calibration))

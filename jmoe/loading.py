@@ -45,9 +45,9 @@ def load(
     delta = None if router is None else RouterDelta.read(router, manifest)
     fingerprint = manifest.fingerprint if delta is None else delta.fingerprint
     config = as_run(manifest.config)
-    runtime = settled(runtime)
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
-    calibration = None if delta else _calibration(path, config, runtime, announce)  # of the checkpoint's own routers
+    # A calibration is of the checkpoint's own routers.
+    calibration = None if delta else _calibration(path, config, settled(runtime), announce)
     if delta and runtime.execute_guess is not None:
         raise ValueError(
             f"--execute-guess {runtime.execute_guess:g} does not go with --router {router}: calibrated are the "

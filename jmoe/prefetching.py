@@ -96,8 +96,11 @@ def pays(config: ModelConfig, plan: MemoryPlan, num_sequences: int) -> bool:
 
 
 def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> str:
-    """What is prefetched, or why nothing is, for people."""
+    """What is prefetched, or why nothing is, for people. Of a runtime that is settled, and did not ask for none."""
     layout, made = plan.layout, prefetching(config, runtime, plan)
+    if runtime.prefetch == "off":
+        why = "tokens are drafted" if runtime.draft != "off" else "without kernels nothing comes beside other work"
+        return f"prefetch: none, chosen automatically: {why}"
     if made is None:
         return "prefetch: none is needed, every expert is resident, or there is one layer of them"
     num_layers = layout.num_layers - (not runtime.recalls_requests)

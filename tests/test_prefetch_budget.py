@@ -9,6 +9,7 @@ from jmoe.decoding import prefetch_budget
 from jmoe.decoding.contest import Choice
 from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK, LOOK_AGAIN, PARTS, ROOM, WASTE, Budget
 from jmoe.decoding.sampling import SamplingParams
+from jmoe.engine import Engine
 from jmoe.generation import Generation
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.prefetching import Prefetching, settled
@@ -158,9 +159,21 @@ def test_it_is_automatic_where_kernels_run(kernels: str, runtime: dict, expected
     assert settled(RuntimeConfig(**runtime)).prefetch == expected
 
 
-def test_an_engine_without_kernels_prefetches_nothing_of_itself() -> None:
-    made = models.engine(SMALL, implementation="reference")
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [
+        ({}, ["prefetch: none, chosen automatically: without kernels nothing comes beside other work"]),
+        ({"draft": 2}, ["prefetch: none, chosen automatically: tokens are drafted"]),
+        ({"prefetch": "off"}, []),
+    ],
+    ids=str,
+)
+def test_an_engine_without_kernels_prefetches_nothing_of_itself_and_says_so(runtime: dict, said: list[str]) -> None:
+    lines: list[str] = []
+    options = RuntimeConfig(**{"expert_slots": 4, "max_seq_len": 64, "measure_link": False, **runtime})
+    made = Engine.start(SMALL, options, lambda: models.weights(SMALL), announce=lines.append)
     assert (made.runtime.prefetch, made.prefetching, made.plan.prefetch_bytes) == ("off", None, 0)
+    assert [line for line in lines if line.startswith("prefetch")] == said
 
 
 def ran(**runtime) -> Generation:
