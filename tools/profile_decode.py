@@ -134,8 +134,9 @@ def profile_prefill(engine: Engine, options: argparse.Namespace, directory: Path
 
 
 def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
-    """Decodes under the profiler, after a first time that finds how much to prefetch; how many steps are traced."""
-    generate(engine, options).results()
+    """Decodes under the profiler, a prefetch after a first time that finds its amount; how many steps are traced."""
+    if engine.prefetching:
+        generate(engine, options).results()
     generation = generate(engine, options)
     deltas, seen = iter(generation), 0
     for delta in deltas:  # the prompt, and the first calls
