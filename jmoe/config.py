@@ -203,7 +203,8 @@ class RuntimeConfig:
     `prefetch` brings at most `prefetch_experts` of each layer (0.25: a quarter of one) while its attention runs, those
     that it will most probably miss: as much as comes in time, as long as that saves something (docs/prefetch.md).
     "lookahead" guesses in the layer before, "activation" from past requests, "both" in the layer before, and from past
-    requests for the first; "auto" is "lookahead" where the kernels run and nothing is drafted, else "off".
+    requests for the first; "auto" is "lookahead" where the kernels run, nothing is drafted and experts are not
+    small, else "off".
 
     `execute_guess` CHANGES WHAT THE MODEL SAYS: layers whose calibrated recall is this or more decode with guessed
     experts, and not with those that their routers choose (docs/prefetch.md). 0 is every layer but the first.

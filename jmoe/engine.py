@@ -136,7 +136,7 @@ class Engine:
 
         Raises ValueError if it cannot fit, or to execute guesses without a calibration, or with one MoE layer.
         """
-        asked, runtime, say = runtime, settled(runtime), announce or (lambda line: None)
+        asked, runtime, say = runtime, settled(config, runtime), announce or (lambda line: None)
         trunk_bytes = sum(math.prod(shape) for shape in trunk_shapes(config).values()) * DTYPE_BYTES[config.dtype]
         calibration: Calibration | None = details.get("calibration")
         calibration_bytes = calibration.device_bytes(config) if calibration else 0

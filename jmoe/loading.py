@@ -47,7 +47,7 @@ def load(
     config = as_run(manifest.config)
     memory.enable_compilation_cache(sources.cache_dir() / "compiled")
     # A calibration is of the checkpoint's own routers.
-    calibration = None if delta else _calibration(path, config, settled(runtime), announce)
+    calibration = None if delta else _calibration(path, config, settled(config, runtime), announce)
     if delta and runtime.execute_guess is not None:
         raise ValueError(
             f"--execute-guess {runtime.execute_guess:g} does not go with --router {router}: calibrated are the "

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from jmoe import memory
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding.contest import Choice
-from jmoe.decoding.prefetch_budget import Budget
+from jmoe.decoding.prefetch_budget import GUESS_BYTES, Budget
 from jmoe.experts import look_ahead
 from jmoe.experts.execute_guess import ExecutedGuess
 from jmoe.experts.look_ahead import Foresight
@@ -58,12 +58,23 @@ class Prefetching:
         return self._budgets.setdefault((num_sequences - 1).bit_length(), made)
 
 
-def settled(runtime: RuntimeConfig) -> RuntimeConfig:
-    """With what prefetch="auto" stands for here: "lookahead" where kernels run and nothing is drafted, else "off"."""
+def settled(config: ModelConfig, runtime: RuntimeConfig) -> RuntimeConfig:
+    """With what prefetch="auto" stands for here: "off" where something speaks against "lookahead"."""
     if runtime.prefetch != "auto":
         return runtime
-    can = runtime.draft == "off" and prefetch_api.resolve(runtime.implementation) == "mosaic_gpu"
-    return dataclasses.replace(runtime, prefetch="lookahead" if can else "off")
+    return dataclasses.replace(runtime, prefetch="off" if _against(config, runtime) else "lookahead")
+
+
+def _against(config: ModelConfig, runtime: RuntimeConfig) -> str:
+    """Why nothing is prefetched unless it is asked for, for people; empty where something is."""
+    if runtime.draft != "off":
+        return "tokens are drafted"
+    if prefetch_api.resolve(runtime.implementation) != "mosaic_gpu":
+        return "without kernels nothing comes beside other work"
+    most_bytes = round(runtime.prefetch_experts * config.expert_bytes)
+    if most_bytes < GUESS_BYTES:
+        return f"{memory.format_bytes(most_bytes)}, the most for a layer, come in less time than a guess takes"
+    return ""
 
 
 def prefetching(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPlan) -> Prefetching | None:
@@ -99,8 +110,7 @@ def prefetching_line(config: ModelConfig, runtime: RuntimeConfig, plan: MemoryPl
     """What is prefetched, or why nothing is, for people. Of a runtime that is settled, and did not ask for none."""
     layout, made = plan.layout, prefetching(config, runtime, plan)
     if runtime.prefetch == "off":
-        why = "tokens are drafted" if runtime.draft != "off" else "without kernels nothing comes beside other work"
-        return f"prefetch: none, chosen automatically: {why}"
+        return f"prefetch: none, chosen automatically: {_against(config, runtime)}"
     if made is None:
         return "prefetch: none is needed, every expert is resident, or there is one layer of them"
     num_layers = layout.num_layers - (not runtime.recalls_requests)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from jmoe.config import RuntimeConfig
+from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding import prefetch_budget
 from jmoe.decoding.contest import Choice
 from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK, LOOK_AGAIN, PARTS, ROOM, WASTE, Budget
@@ -12,10 +12,11 @@ from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
 from jmoe.generation import Generation
 from jmoe.prefetch_stats import PrefetchStats
-from jmoe.prefetching import Prefetching, settled
+from jmoe.prefetching import Prefetching, prefetching_line, settled
 from kernels_pallas.prefetch import api
 from tests import models
 from tests.models import SMALL
+from tests.test_config import CONFIGS
 
 ROWS_OF_EXPERT, ROW_BYTES, NUM_GUESSES = 2304, 4096, 11  # of Qwen3-30B-A3B, 12 layers of it
 MOST = ROWS_OF_EXPERT  # a whole expert
@@ -148,6 +149,7 @@ def test_what_pays_is_known_by_how_many_decode_together() -> None:
     ("kernels", "runtime", "expected"),
     [
         ("mosaic_gpu", {}, "lookahead"),
+        ("mosaic_gpu", {"prefetch_experts": 0.03}, "off"),
         ("mosaic_gpu", {"draft": "auto"}, "off"),
         ("mosaic_gpu", {"prefetch": "off"}, "off"),
         ("reference", {}, "off"),
@@ -155,8 +157,19 @@ def test_what_pays_is_known_by_how_many_decode_together() -> None:
     ],
 )
 def test_it_is_automatic_where_kernels_run(kernels: str, runtime: dict, expected: str, monkeypatch) -> None:
+    """With experts of 9.4 MB, of which 0.03 come while something is guessed."""
     monkeypatch.setattr(api, "resolve", lambda implementation: kernels)
-    assert settled(RuntimeConfig(**runtime)).prefetch == expected
+    assert settled(ModelConfig.from_toml(CONFIGS / "qwen3-30b-a3b.toml"), RuntimeConfig(**runtime)).prefetch == expected
+
+
+def test_of_itself_it_brings_nothing_that_comes_while_it_is_guessed(monkeypatch) -> None:
+    """The budget would refuse it at any saving, after a second step was compiled for it."""
+    monkeypatch.setattr(api, "resolve", lambda implementation: "mosaic_gpu")
+    runtime = settled(SMALL, RuntimeConfig(prefetch_experts=2))
+    assert runtime.prefetch == "off"
+    assert prefetching_line(SMALL, runtime, models.engine(expert_slots=4).plan) == (
+        "prefetch: none, chosen automatically: 12.00 KiB, the most for a layer, come in less time than a guess takes"
+    )
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,11 @@ def test_what_was_late_is_a_part_of_what_was_useful(runtime: dict) -> None:
 
 
 def test_it_is_automatic_here() -> None:
-    made = models.engine(CONFIG, expert_slots=5, **OPTIONS)
-    assert made.runtime.prefetch == "lookahead"
-    assert made.prefetching is not None
+    """Of two experts a layer, since one comes in less time than a guess takes."""
+    two, one = (models.engine(CONFIG, expert_slots=5, prefetch_experts=most, **OPTIONS) for most in (2, 1))
+    assert two.runtime.prefetch == "lookahead"
+    assert two.prefetching is not None
+    assert one.runtime.prefetch == "off"
 
 
 def test_without_kernels_nobody_knows_what_was_late() -> None:

@@ -21,7 +21,7 @@ def generate(cache: Path, *options: str) -> dict:
     return {**json.loads(done.stdout), "said": done.stderr}
 
 
-@pytest.mark.parametrize("options", [(), ("--draft", "2"), ("--prefetch", "off")], ids=str)
+@pytest.mark.parametrize("options", [(), ("--draft", "2"), ("--prefetch", "lookahead")], ids=str)
 def test_another_process_says_the_same_and_compiles_nothing(options: tuple[str, ...], tmp_path: Path) -> None:
     first = generate(tmp_path, *options)
     files = set((tmp_path / "programs").iterdir())
