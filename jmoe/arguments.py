@@ -94,7 +94,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prefetch",
         choices=get_args(Prefetching),
-        help="bring experts before their router asks (default: auto, by lookahead where kernels run without drafts)",
+        help="bring experts before their router asks (default: auto, by lookahead where that may pay)",
     )
     group.add_argument(
         "--prefetch-experts", type=float, metavar="X", help="most to prefetch of each layer (default: 1)"

@@ -65,6 +65,7 @@ def test_the_card_says_what_was_run(bench) -> None:
     read = 4 * (sum(trunk.values()) - (0 if config.tie_word_embeddings else trunk["embed/embedding"])) + routed
     assert row["hbm_gbps"] * row["mean_ms_per_step"] * 1e6 == pytest.approx(read, rel=1e-6)
     assert (card["hbm_ceiling_gbps"], row["percent_of_hbm"]) == (3.0, pytest.approx(100 * row["hbm_gbps"] / 3))
+    assert 0 < 10 * row["first_ms_per_step"] < 1e3 * row["first_run_s"], "which has the compiling, and the prompt"
     assert any(line.startswith("device") for line in lines)
 
 

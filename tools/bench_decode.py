@@ -25,8 +25,9 @@ embedding table, and every expert asked for), and a pass over device memory in t
 crossed the link), and `wasted_mb` what it did not; `useful` is the share of the two that was. `late_mb` is the part of
 `early_mb` that was still on its way when its layer's demand was known, and so was waited for; a dash where no clock
 says so, as on a CPU. With --prefetch-experts 0 nothing comes early, with more as much as comes in time, up to that,
-while it saves more than guessing costs (`jmoe/decoding/prefetch_budget.py`): the first run of a row, which is not
-timed, finds out. What --prefetch activation and both know of past requests is learned from the runs of each row.
+while it saves more than guessing costs (`jmoe/decoding/prefetch_budget.py`): the first run of a row finds out. That run
+counts for `first_ms_per_step` alone, the mean of its steps, as a process has that generates once. What --prefetch
+activation and both know of past requests is learned from the runs of each row.
 
 --prefetch oracle shows what bringing experts early can do, were every guess right: the same prompts are run once
 before, with the same seeds, and what each step asked for is brought where it is missing. Its `useful` is 1, or in
@@ -243,13 +244,13 @@ class Bench:
         runtime = self.runtime(batch_size, slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
         engine = start_engine(self.config, runtime, self.weights, keeps=share > 0, **knows)
-        runs, first_run_s = [], 0.0
+        runs, first_run_s, first_ms = [], 0.0, 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()
             generation = engine.generate(prompts[:batch_size].tolist(), self.sampling(batch_size, repeat))
             generation.results()
             if repeat == 0:
-                first_run_s = time.perf_counter() - start
+                first_run_s, first_ms = time.perf_counter() - start, generation.stats.ms_per_step
             else:
                 runs.append(generation.stats)
         hits = sum(run.decode.hits for run in runs)
@@ -272,6 +273,7 @@ class Bench:
             "prompt_mb": prompt_bytes / 1e6,
             **row,
             "mean_ms_per_step": mean_ms,
+            "first_ms_per_step": first_ms,
             "hit_rate": hits / (hits + misses),
             "mb_per_token": link_bytes / tokens / 1e6,
             "early_mb": early.useful_bytes / tokens / 1e6 if early else None,

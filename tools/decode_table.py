@@ -23,6 +23,7 @@ COLUMNS = (
     ("ms_low", "{:.2f}"),
     ("ms_high", "{:.2f}"),
     ("mean_ms_per_step", "{:.2f}"),
+    ("first_ms_per_step", "{:.2f}"),
     ("tokens_per_s", "{:.1f}"),
     ("hit_rate", "{:.3f}"),
     ("mb_per_token", "{:.1f}"),
