@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jmoe.engine import Engine
 
 LIVE_S = 0.1  # how often text should appear
+RUNS_TO_RECORD = 2  # XLA records the CUDA graph of a program when it runs for the second time
 SMALLEST_CHUNK = 16  # prefill compiles for powers of two from here to the plan's prefill_chunk
 
 
@@ -97,10 +98,11 @@ class Batch:
         cycles = [self._cycles_call(drafting, Choice(1), 0)] if drafting else []
         with engine.programs.making([*cycles, *(self._decode_call(choice, 0) for choice in choices)]):
             self._prefill(empty)  # its parts are small: they are made in turn, as they are called
-        if drafting:
-            self._cycles(drafting, Choice(1), 0)
-        for choice in choices:
-            self._decode(choice, 0)
+        for _ in range(RUNS_TO_RECORD):
+            if drafting:
+                self._cycles(drafting, Choice(1), 0)
+            for choice in choices:
+                self._decode(choice, 0)
         jax.block_until_ready(self.state)
         engine.compiled.add(shape)
         self.clock.compile_s += time.perf_counter() - start
@@ -157,14 +159,13 @@ class Batch:
         """The tokens of one call of a jitted step: plain steps, or cycles.
 
         The next call is asked for before: the device goes on while the host takes this one's tokens apart. But a stop
-        string may make it needless, after a try (see `jmoe.decoding.contest`) it depends on how that went, a try is
-        not to take time from the call before, and a profiler is to see one call after the other.
+        string may make it needless, after a try of drafts it depends on how long that took, such a try is not to take
+        time from the call before, and a profiler is to see one call after the other.
         """
         call, self._next = self._next or self._begin(self._choose()), None
-        is_try = call.choice.num_steps is not None
-        if self._runs_ahead and not is_try and self._tokens_left > call.num_steps:
+        if self._runs_ahead and not self._is_timed(call.choice) and self._tokens_left > call.num_steps:
             choice = self._choose()
-            self._next = self._begin(choice) if choice.num_steps is None else None
+            self._next = None if self._is_timed(choice) else self._begin(choice)
         result = jax.device_get(call.result)  # all of it together: one wait
         start, self._last_end = max(call.start, self._last_end), time.perf_counter()
         if isinstance(result, Verified):
@@ -188,6 +189,10 @@ class Batch:
     def _choose(self) -> Choice:
         chooser = self.drafting or self.prefetching
         return chooser.choose(self._num_active) if chooser else Choice(0)
+
+    def _is_timed(self, choice: Choice) -> bool:
+        """Whether it is a try, that goes by its time (see `jmoe.decoding.contest`): what prefetches goes by bytes."""
+        return self.drafting is not None and choice.num_steps is not None
 
     def _begin(self, choice: Choice) -> _Call:
         start, drafting, capacity = time.perf_counter(), self.drafting, self.engine.runtime.decode_chunk
@@ -222,8 +227,12 @@ class Batch:
         return choice.number if self.drafting else 0
 
     def _num_steps(self, choice: Choice, capacity: int) -> int:
-        """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches."""
-        capacity = min(capacity, choice.num_steps or capacity)
+        """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches.
+
+        A prefetch's short calls are for running ahead, two at a time: else the host's time would come with each.
+        """
+        if self.drafting or self._runs_ahead:
+            capacity = min(capacity, choice.num_steps or capacity)
         step_s = self._step_s.get(self._drafted(choice))
         return capacity if not self.clock.is_live else 1 if step_s is None else min(capacity, _fitting(step_s))
 

@@ -7,7 +7,7 @@ import pytest
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding import prefetch_budget
 from jmoe.decoding.contest import Choice
-from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK, LOOK_AGAIN, PARTS, ROOM, WASTE, Budget
+from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK_AGAIN, PARTS, ROOM, SETTLED, TRY, WASTE, Budget
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
 from jmoe.generation import Generation
@@ -20,7 +20,8 @@ from tests.test_config import CONFIGS
 
 ROWS_OF_EXPERT, ROW_BYTES, NUM_GUESSES = 2304, 4096, 11  # of Qwen3-30B-A3B, 12 layers of it
 MOST = ROWS_OF_EXPERT  # a whole expert
-AMOUNT, PLAIN = Choice(MOST), Choice(0)
+QUARTER = Choice(MOST // 4, TRY)
+LOOK, PLAIN = Choice(1, TRY), Choice(0)
 WORTH = WASTE / (1 + WASTE)  # the useful share of large experts where all layers bring something, but for guessing
 
 
@@ -39,28 +40,39 @@ def came(
 
 
 def looked(useful_share: float, **sizes) -> Budget:
+    made = begun(**sizes)
+    made.see(came(useful_share, TRY, 1, **sizes), TRY, 1)
+    return made
+
+
+def begun(**sizes) -> Budget:
+    """That knows of a first call, of plain steps."""
     made = budget(**sizes)
-    made.see(came(useful_share, LOOK, 1, **sizes), LOOK, 1)
+    made.see(PrefetchStats(), TRY, 0)
     return made
 
 
 def test_it_looks_before_anything_comes() -> None:
     made = budget()
-    assert made.choose() == Choice(1, LOOK)
-    made.see(came(1.0, LOOK - 3, 1), LOOK - 3, 1)
-    assert made.choose() == Choice(1, 3)
+    assert made.choose() == Choice(0, TRY)
+    made.see(PrefetchStats(), TRY - 3, 0)
+    assert made.choose() == Choice(0, TRY)
+    made.see(PrefetchStats(), 3, 0)
+    assert made.choose() == LOOK
+    made.see(came(1.0, TRY - 3, 1), TRY - 3, 1)
+    assert made.choose() == LOOK
     made.see(came(1.0, 3, 1), 3, 1)
-    assert made.choose() == AMOUNT
+    assert made.choose() == QUARTER
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(0.0, PLAIN), (WORTH, PLAIN), (WORTH + 0.05, AMOUNT), (1.0, AMOUNT)], ids=str
+    ("share", "expected"), [(0.0, PLAIN), (WORTH, PLAIN), (WORTH + 0.05, QUARTER), (1.0, QUARTER)], ids=str
 )
 def test_what_was_seen_decides(share: float, expected: Choice) -> None:
     assert looked(share).choose() == expected
 
 
-@pytest.mark.parametrize(("row_bytes", "expected"), [(64, PLAIN), (ROW_BYTES, AMOUNT)])
+@pytest.mark.parametrize(("row_bytes", "expected"), [(64, PLAIN), (ROW_BYTES, QUARTER)])
 def test_small_experts_are_not_worth_a_guess(row_bytes: int, expected: Choice) -> None:
     """Though all of them are of use: guessing takes as long as `GUESS_BYTES` take over the link."""
     assert (MOST * row_bytes < GUESS_BYTES) == (expected == PLAIN)
@@ -68,31 +80,50 @@ def test_small_experts_are_not_worth_a_guess(row_bytes: int, expected: Choice) -
 
 
 def test_where_next_to_nothing_is_missing_steps_are_plain() -> None:
-    made = budget()
-    made.see(came(1.0, LOOK // 8, 1), LOOK, 1)  # an eighth of the guesses brought anything
-    assert made.choose() == AMOUNT
-    made = budget()
-    made.see(PrefetchStats(), LOOK, 1)
+    made = begun()
+    made.see(came(1.0, TRY // 8, 1), TRY, 1)  # an eighth of the guesses brought anything
+    assert made.choose() == QUARTER
+    made = begun()
+    made.see(PrefetchStats(), TRY, 1)
+    assert made.choose() == PLAIN
+
+
+def test_where_next_to_nothing_comes_in_time_steps_are_plain() -> None:
+    """As much of use would pay, were there time for it."""
+    made = looked(0.6)
+    for rows in (QUARTER.number, QUARTER.number // 2):
+        assert made.choose() == Choice(rows, TRY)
+        made.see(came(0.6, TRY, rows, late_share=0.9), TRY, rows)
     assert made.choose() == PLAIN
 
 
 def test_it_ends_when_guesses_get_worse_and_looks_again_much_later() -> None:
-    made, steps = looked(1.0), HALF_LIFE
-    for expected in (AMOUNT, PLAIN):
-        made.see(came(0.0, steps, MOST), steps, MOST)
+    made, rows = looked(1.0), QUARTER.number
+    for expected in (QUARTER, PLAIN):
+        made.see(came(0.0, HALF_LIFE, rows), HALF_LIFE, rows)
         assert made.choose() == expected
-    made.see(PrefetchStats(), LOOK_AGAIN - 1, 0)
+    made.see(PrefetchStats(), LOOK_AGAIN - TRY - 1, 0)
     assert made.choose() == PLAIN
     made.see(PrefetchStats(), 1, 0)
-    assert made.choose() == Choice(1, LOOK)
-    made.see(came(1.0, LOOK, 1), LOOK, 1)
-    assert made.choose() == AMOUNT
+    assert made.choose() == Choice(0, TRY)
+    made.see(PrefetchStats(), TRY, 0)
+    assert made.choose() == LOOK
+    made.see(came(1.0, TRY, 1), TRY, 1)
+    assert made.choose() == QUARTER
+
+
+def test_calls_are_short_until_it_has_settled() -> None:
+    made, rows = looked(1.0), QUARTER.number
+    made.see(came(1.0, SETTLED - TRY - 1, rows), SETTLED - TRY - 1, rows)
+    assert made.choose().num_steps == TRY
+    made.see(came(1.0, 1, rows), 1, rows)
+    assert made.choose() == Choice(MOST)
 
 
 def test_a_call_of_no_step_tells_nothing() -> None:
     made = looked(1.0)
-    made.see(PrefetchStats(), 0, MOST)
-    assert made.choose() == AMOUNT
+    made.see(PrefetchStats(), 0, QUARTER.number)
+    assert made.choose() == QUARTER
 
 
 def run(made: Budget, in_time: float, num_calls: int) -> list[int]:
@@ -101,48 +132,49 @@ def run(made: Budget, in_time: float, num_calls: int) -> list[int]:
     for _ in range(num_calls):
         chosen.append(made.choose().number)
         late_share = max(0.0, 1 - in_time / chosen[-1])
-        made.see(came(0.9, 8, chosen[-1], late_share=late_share), 8, chosen[-1])
+        made.see(came(0.9, TRY, chosen[-1], late_share=late_share), TRY, chosen[-1])
     return chosen
 
 
 @pytest.mark.parametrize("share", [0.11, 0.23, 0.57, 0.77])
 def test_it_brings_what_comes_in_time_and_a_little_more(share: float) -> None:
     in_time, made = share * MOST, looked(0.9)
-    chosen = run(made, in_time, 12)
-    assert chosen[0] == MOST
-    assert all(after >= before / 2 for before, after in itertools.pairwise(chosen))
+    chosen = run(made, in_time, 8)
+    assert chosen[0] == QUARTER.number
+    assert all(before / 2 <= after <= 2 * before for before, after in itertools.pairwise(chosen))
     part = ROWS_OF_EXPERT // PARTS
-    assert all(in_time < rows <= ROOM * in_time + part for rows in chosen[5:])
+    assert all(in_time < rows <= ROOM * in_time + part for rows in chosen[4:])
     assert all(rows % part == 0 for rows in chosen)
 
 
 def test_it_finds_more_time_when_there_is_more() -> None:
     made = looked(0.9)
     assert run(made, 0.06 * MOST, 8)[-1] < 0.1 * MOST
-    assert run(made, 0.7 * MOST, 16)[-1] > 0.7 * MOST
+    assert run(made, 0.7 * MOST, 8)[-1] > 0.7 * MOST
     assert run(made, 2.0 * MOST, 8)[-1] == MOST
 
 
 def test_what_an_older_amount_brought_does_not_count_twice() -> None:
     """The next call is on its way before this one's are counted."""
-    made = looked(0.9)
+    made, rows = looked(0.9), QUARTER.number
     for _ in range(2):
-        made.see(came(0.9, 8, MOST, late_share=0.9), 8, MOST)
-    assert made.choose() == Choice(MOST // 2)
+        made.see(came(0.9, TRY, rows, late_share=0.9), TRY, rows)
+    assert made.choose() == Choice(rows // 2, TRY)
 
 
 def test_without_a_clock_the_whole_amount_comes() -> None:
     made = looked(0.9)
-    made.see(came(0.9, 8, MOST), 8, MOST)
-    assert made.choose() == AMOUNT
+    made.see(came(0.9, TRY, QUARTER.number), TRY, QUARTER.number)
+    assert made.choose() == Choice(MOST, TRY)
 
 
 def test_what_pays_is_known_by_how_many_decode_together() -> None:
     """In powers of two: 3 are as 4, and nothing is known of 2."""
     made = Prefetching(SMALL, RuntimeConfig(prefetch="lookahead"))
-    made.learn(4, 1, LOOK, PrefetchStats(wasted_bytes=1000))
+    made.learn(4, 0, TRY, PrefetchStats())
+    made.learn(4, 1, TRY, PrefetchStats(wasted_bytes=1000))
     assert made.choose(3) == PLAIN
-    assert made.choose(2) == made.choose(1) == made.choose(5) == Choice(1, LOOK)
+    assert made.choose(2) == made.choose(1) == made.choose(5) == Choice(0, TRY)
 
 
 @pytest.mark.parametrize(
@@ -189,16 +221,31 @@ def test_an_engine_without_kernels_prefetches_nothing_of_itself_and_says_so(runt
     assert [line for line in lines if line.startswith("prefetch")] == said
 
 
+NEW = 55  # tokens, of which prefill makes one
+
+
 def ran(**runtime) -> Generation:
-    made = models.engine(SMALL, prefill_chunk=16, decode_chunk=6, expert_slots=SMALL.num_experts_per_tok, **runtime)
-    generation = made.generate(models.prompts(9), [SamplingParams(max_new_tokens=25, temperature=2.0)])
+    made = models.engine(SMALL, prefill_chunk=16, decode_chunk=32, expert_slots=SMALL.num_experts_per_tok, **runtime)
+    generation = made.generate(models.prompts(9), [SamplingParams(max_new_tokens=NEW, temperature=2.0)])
     generation.results()
     return generation
 
 
-@pytest.mark.parametrize(("waste", "then"), [(0.0, 0.5), (1e6, 0.0)], ids=["cheap", "dear"])
-def test_an_engine_looks_and_then_brings_all_or_nothing(waste: float, then: float, monkeypatch) -> None:
-    """The tokens, hits and misses are those without a prefetch."""
+def test_where_each_call_waits_for_the_one_before_calls_are_as_long_as_any() -> None:
+    """So the first look is all of the second call."""
+    came = ran(profiled=True, prefetch="lookahead", prefetch_experts=0.5).stats.prefetch
+    assert came is not None
+    assert [*came.steps.values()] == [32, NEW - 1 - 32]
+
+
+@pytest.mark.parametrize(
+    ("waste", "steps"), [(0.0, [16, 16, 16, 6]), (1e6, [16 + 22, 16, 0, 0])], ids=["cheap", "dear"]
+)
+def test_an_engine_looks_and_then_brings_more_or_nothing(waste: float, steps: list[int], monkeypatch) -> None:
+    """Two calls each, since what is learned of one decides after the next: plain steps, looks, an eighth, a half.
+
+    The tokens, hits and misses are those without a prefetch.
+    """
     monkeypatch.setattr(prefetch_budget, "GUESS_BYTES", 1)
     monkeypatch.setattr(prefetch_budget, "WASTE", waste)
     plain, ahead = ran(), ran(prefetch="lookahead", prefetch_experts=0.5)
@@ -206,5 +253,6 @@ def test_an_engine_looks_and_then_brings_all_or_nothing(waste: float, then: floa
     assert ahead.stats.decode == plain.stats.decode
     came = ahead.stats.prefetch
     assert came is not None
-    assert came.steps == {round(1 / (3 * SMALL.moe_intermediate_size), 4): LOOK, then: 24 - LOOK}
+    row = round(1 / (3 * SMALL.moe_intermediate_size), 4)
+    assert came.steps == {amount: count for amount, count in zip((0, row, 0.125, 0.5), steps, strict=True) if count}
     assert came.prefetched_bytes > 0

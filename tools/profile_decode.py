@@ -35,6 +35,7 @@ from tools.command import exit_code
 from tools.random_weights import random_weights
 from tools.workload import Lengths, random_workload
 
+CALLS_TO_SETTLE = 8  # of --steps, after which a prefetch has its amount
 SCOPES = ("prefetch", "attention", "mlp", "router", "admit", "fetch", "experts", "head", "sample")
 OTHER, PROJECTIONS = "other", "projections"
 LANES = (SCOPES[0], PROJECTIONS, *SCOPES[1:], OTHER)  # what a kernel may be of
@@ -95,7 +96,7 @@ def _run(options: argparse.Namespace) -> None:
     runtime = RuntimeConfig(
         expert_slots=max(config.num_experts_per_tok, round(options.share * config.num_experts)),
         batch_size=options.batch_size,
-        max_seq_len=options.prompt_tokens + 2 * options.steps + 2,
+        max_seq_len=options.prompt_tokens + CALLS_TO_SETTLE * options.steps + 2,
         decode_chunk=options.steps,
         measure_link=False,
         profiled=True,
@@ -110,25 +111,25 @@ def _run(options: argparse.Namespace) -> None:
         report(list(kernels(directory, names)), steps, options.longest)
 
 
-def generate(engine: Engine, options: argparse.Namespace) -> Generation:
+def generate(engine: Engine, options: argparse.Namespace, num_steps: int) -> Generation:
     """Continues a batch of random prompts."""
     constant = Lengths.constant
     requests = random_workload(
         engine.config.vocab_size,
         num_requests=options.batch_size,
         prompt_tokens=constant(options.prompt_tokens),
-        new_tokens=constant(1 + 2 * options.steps),
+        new_tokens=constant(1 + num_steps),
         seed=0,
     )
-    sampling = SamplingParams(max_new_tokens=1 + 2 * options.steps, temperature=1.0, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=1 + num_steps, temperature=1.0, ignore_eos=True)
     return engine.generate([list(request.prompt_ids) for request in requests], sampling)
 
 
 def profile_prefill(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
     """Takes in the prompts under the profiler, after a first time; the number of chunks."""
-    with contextlib.closing(generate(engine, options)) as first:
+    with contextlib.closing(generate(engine, options, 1)) as first:
         next(iter(first))
-    with contextlib.closing(generate(engine, options)) as generation, jax.profiler.trace(str(directory)):
+    with contextlib.closing(generate(engine, options, 1)) as generation, jax.profiler.trace(str(directory)):
         next(iter(generation))
     return -(-options.prompt_tokens // engine.plan.prefill_chunk)
 
@@ -136,8 +137,8 @@ def profile_prefill(engine: Engine, options: argparse.Namespace, directory: Path
 def profile(engine: Engine, options: argparse.Namespace, directory: Path) -> int:
     """Decodes under the profiler, a prefetch after a first time that finds its amount; how many steps are traced."""
     if engine.prefetching:
-        generate(engine, options).results()
-    generation = generate(engine, options)
+        generate(engine, options, CALLS_TO_SETTLE * options.steps).results()
+    generation = generate(engine, options, 2 * options.steps)
     deltas, seen = iter(generation), 0
     for delta in deltas:  # the prompt, and the first calls
         seen += delta.index == 0 and len(delta.token_ids)

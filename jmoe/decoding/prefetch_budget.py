@@ -13,18 +13,20 @@ from jmoe.prefetch_stats import PrefetchStats
 GUESS_BYTES = 320_000  # that the link of an H200 brings in the 6 us that a layer loses by guessing
 WASTE = 0.6  # what a wasted byte costs, of what a useful one saves
 ROOM = 1.25  # of what came in time comes next: so a little is late, by which is seen how much comes in time
-LOOK = 8  # steps that look how good the guesses are, before anything else comes early
-HALF_LIFE = 32  # steps, after which what was seen weighs half as much
-LOOK_AGAIN = 4096  # plain steps; a look, with the changes to it and back, costs about as much as 20 steps
+TRY = 8  # the most steps of a call, so that little is lost when what it brought is seen; not for long:
+SETTLED = 128  # guessing steps after a look began: from then on calls are as long as any
+HALF_LIFE = 16  # steps, after which what was seen weighs half as much
+LOOK_AGAIN = 1024  # plain steps; a look guesses for two calls, in vain: as much time as one or two steps take
 PARTS = 32  # of an expert, in which amounts are counted
 
 
 class Budget:
     """Chooses how many rows of D values come early in each layer that is guessed, `most_rows` at most; 0: plain steps.
 
-    The first `LOOK` steps bring one row of each guess, by which it is seen what more would save. If that is too little
-    steps are plain ones, and after `LOOK_AGAIN` of these there is another look. Where a clock tells what is late, what
-    comes in time is found by halves at most down, and by `ROOM` up; else it is `most_rows`.
+    After a few plain steps, beside which the host has time to begin others, a look brings one row of each guess, by
+    which it is seen what more would save. If that is too little steps are plain ones, and after `LOOK_AGAIN` of these
+    there is another look. Else a quarter of `most_rows` comes, and twice as much while a clock says that all of it was
+    in time; what was late tells how much comes in time, and `ROOM` of that is next. Without a clock it is `most_rows`.
     """
 
     def __init__(self, most_rows: int, rows_of_expert: int, row_bytes: int, num_guesses: int):
@@ -34,16 +36,19 @@ class Budget:
         self._begin()
 
     def _begin(self) -> None:
-        self._num_looks, self._num_plain = 0, 0  # steps
-        self._rows = self.most_rows  # that come in time, as far as is known
+        self._num_guessing, self._num_plain = 0, 0  # steps
+        self._rows = self._whole_parts(self.most_rows / 4)  # that come next
+        self._most_in_time = self.most_rows  # as far as is known
         self._saving: float | None = None  # bytes, for each that guesses were to bring
 
     def choose(self) -> Choice:
         """For the next call."""
-        if self._num_looks < LOOK:
-            return Choice(1, LOOK - self._num_looks)
-        saved_bytes = (self._saving or 0.0) * self._rows * self._row_bytes  # of a layer
-        return Choice(self._rows if saved_bytes >= GUESS_BYTES else 0)
+        if self._num_guessing < TRY:
+            return Choice(1 if self._num_plain >= TRY else 0, TRY)
+        saved_bytes = (self._saving or 0.0) * self._most_in_time * self._row_bytes  # of a layer
+        if saved_bytes < GUESS_BYTES:
+            return Choice(0)
+        return Choice(self._rows, TRY if self._num_guessing < SETTLED else None)
 
     def see(self, came: PrefetchStats, num_steps: int, num_rows: int) -> None:
         """What a call of so many steps brought early, which were to bring so many rows of each guess."""
@@ -54,15 +59,22 @@ class Budget:
             return
         if not num_steps:
             return
-        self._num_looks += num_steps
+        self._num_guessing += num_steps
         asked_bytes = num_steps * self._num_guesses * num_rows * self._row_bytes
         saving = (came.useful_bytes - WASTE * came.wasted_bytes) / asked_bytes
         kept = 0.0 if self._saving is None else 0.5 ** (num_steps / HALF_LIFE)
         self._saving = kept * (self._saving or 0.0) + (1 - kept) * saving
-        if came.late_bytes is not None and came.useful_bytes and num_rows == self._rows:
-            self._rows = self._in_time(num_rows * (1 - came.late_bytes / came.useful_bytes))
+        if num_rows == self._rows and came.useful_bytes:
+            self._time(1 - came.late_bytes / came.useful_bytes if came.late_bytes is not None else None)
 
-    def _in_time(self, num_rows: float) -> int:
-        """With some room, in whole parts; half as many as now at least, for one call says little."""
-        wanted = max(ROOM * num_rows, self._rows / 2)
-        return min(self.most_rows, math.ceil(wanted / self._part) * self._part)
+    def _time(self, share: float | None) -> None:
+        """So much of `_rows` came in time; None: nobody knows. One call says little, so they change twofold at most."""
+        if share is None:
+            self._rows = self.most_rows
+        elif share == 1.0:
+            self._rows, self._most_in_time = self._whole_parts(2 * self._rows), self.most_rows
+        else:
+            self._rows = self._most_in_time = self._whole_parts(max(ROOM * share, 0.5) * self._rows)
+
+    def _whole_parts(self, num_rows: float) -> int:
+        return min(self.most_rows, math.ceil(num_rows / self._part) * self._part)
