@@ -81,7 +81,7 @@ def test_small_experts_are_not_worth_a_guess(row_bytes: int, expected: Choice) -
 
 def test_where_next_to_nothing_is_missing_steps_are_plain() -> None:
     made = begun()
-    made.see(came(1.0, TRY // 8, 1), TRY, 1)  # an eighth of the guesses brought anything
+    made.see(came(1.0, TRY // 4, 1), TRY, 1)  # a quarter of the guesses brought anything
     assert made.choose() == QUARTER
     made = begun()
     made.see(PrefetchStats(), TRY, 1)
@@ -239,7 +239,9 @@ def test_where_each_call_waits_for_the_one_before_calls_are_as_long_as_any() -> 
 
 
 @pytest.mark.parametrize(
-    ("waste", "steps"), [(0.0, [16, 16, 16, 6]), (1e6, [16 + 22, 16, 0, 0])], ids=["cheap", "dear"]
+    ("waste", "steps"),
+    [(0.0, [2 * TRY] * 3 + [NEW - 1 - 6 * TRY]), (1e6, [NEW - 1 - 2 * TRY, 2 * TRY, 0, 0])],
+    ids=["cheap", "dear"],
 )
 def test_an_engine_looks_and_then_brings_more_or_nothing(waste: float, steps: list[int], monkeypatch) -> None:
     """Two calls each, since what is learned of one decides after the next: plain steps, looks, an eighth, a half.

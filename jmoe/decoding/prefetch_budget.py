@@ -13,7 +13,7 @@ from jmoe.prefetch_stats import PrefetchStats
 GUESS_BYTES = 320_000  # that the link of an H200 brings in the 6 us that a layer loses by guessing
 WASTE = 0.6  # what a wasted byte costs, of what a useful one saves
 ROOM = 1.25  # of what came in time comes next: so a little is late, by which is seen how much comes in time
-TRY = 8  # the most steps of a call, so that little is lost when what it brought is seen; not for long:
+TRY = 4  # the most steps of a call, so that little is lost when what it brought is seen; not for long:
 SETTLED = 128  # guessing steps after a look began: from then on calls are as long as any
 HALF_LIFE = 16  # steps, after which what was seen weighs half as much
 LOOK_AGAIN = 1024  # plain steps; a look guesses for two calls, in vain: as much time as one or two steps take
