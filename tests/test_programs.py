@@ -115,6 +115,32 @@ def test_decode_is_compiled_while_the_parts_of_prefill_are(
     assert steps_in(tmp_path) == PARTS
 
 
+@pytest.mark.parametrize(
+    ("runtime", "names"),
+    [
+        ({}, ["decode"]),
+        ({"prefetch": "lookahead"}, ["decode", "decode_prefetching"]),
+        ({"draft": 2}, ["start", "decode"]),
+    ],
+    ids=str,
+)
+def test_each_program_runs_twice_before_the_prompt_is_taken_in(
+    runtime: dict, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a step: so XLA has recorded its CUDA graph when the first token is awaited. `start` repeats nothing."""
+    call, ran = Programs.__call__, []
+
+    def run(self, call_: Call):
+        ran.append(call_.name)
+        return call(self, call_)
+
+    monkeypatch.setattr(Programs, "__call__", run)
+    generation = engine(None, **runtime).generate([PROMPT], SamplingParams(max_new_tokens=1))
+    next(iter(generation))
+    decoding = [name for name in ran if not name.startswith("prefill")]
+    assert decoding == names + [name for name in names if name != "start"]
+
+
 def test_guesses_of_other_layers_are_another_program(tmp_path: Path) -> None:
     kept, direct = engine(tmp_path), engine(None)
     predictor = make_predictor(SMALL, kept.weights.params)

@@ -16,7 +16,7 @@ ROOM = 1.25  # of what came in time comes next: so a little is late, by which is
 TRY = 4  # the most steps of a call, so that little is lost when what it brought is seen; not for long:
 SETTLED = 128  # guessing steps after a look began: from then on calls are as long as any
 HALF_LIFE = 16  # steps, after which what was seen weighs half as much
-LOOK_AGAIN = 1024  # plain steps; a look guesses for two calls, in vain: as much time as one or two steps take
+LOOK_AGAIN = 1024  # plain steps; a look guesses for two calls, in vain, which takes less than the time of a step
 PARTS = 32  # of an expert, in which amounts are counted
 
 
