@@ -7,7 +7,18 @@ import pytest
 from jmoe.config import ModelConfig, RuntimeConfig
 from jmoe.decoding import prefetch_budget
 from jmoe.decoding.contest import Choice
-from jmoe.decoding.prefetch_budget import GUESS_BYTES, HALF_LIFE, LOOK_AGAIN, PARTS, ROOM, SETTLED, TRY, WASTE, Budget
+from jmoe.decoding.prefetch_budget import (
+    GUESS_BYTES,
+    HALF_LIFE,
+    LOOK,
+    LOOK_AGAIN,
+    PARTS,
+    ROOM,
+    SETTLED,
+    TRY,
+    WASTE,
+    Budget,
+)
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.engine import Engine
 from jmoe.generation import Generation
@@ -21,7 +32,7 @@ from tests.test_config import CONFIGS
 ROWS_OF_EXPERT, ROW_BYTES, NUM_GUESSES = 2304, 4096, 11  # of Qwen3-30B-A3B, 12 layers of it
 MOST = ROWS_OF_EXPERT  # a whole expert
 QUARTER = Choice(MOST // 4, TRY)
-LOOK, PLAIN = Choice(1, TRY), Choice(0)
+LOOK_AT, PLAIN = Choice(1, TRY), Choice(0)
 WORTH = WASTE / (1 + WASTE)  # the useful share of large experts where all layers bring something, but for guessing
 
 
@@ -58,9 +69,9 @@ def test_it_looks_before_anything_comes() -> None:
     made.see(PrefetchStats(), TRY - 3, 0)
     assert made.choose() == Choice(0, TRY)
     made.see(PrefetchStats(), 3, 0)
-    assert made.choose() == LOOK
+    assert made.choose() == LOOK_AT
     made.see(came(1.0, TRY - 3, 1), TRY - 3, 1)
-    assert made.choose() == LOOK
+    assert made.choose() == LOOK_AT
     made.see(came(1.0, 3, 1), 3, 1)
     assert made.choose() == QUARTER
 
@@ -97,19 +108,42 @@ def test_where_next_to_nothing_comes_in_time_steps_are_plain() -> None:
     assert made.choose() == PLAIN
 
 
-def test_it_ends_when_guesses_get_worse_and_looks_again_much_later() -> None:
+def plain_steps_until_a_look(made: Budget) -> int:
+    for count in range(LOOK_AGAIN + 1):
+        if made.choose() != PLAIN:
+            assert made.choose() == Choice(0, TRY)
+            return count
+        made.see(PrefetchStats(), 1, 0)
+    raise AssertionError("no look")
+
+
+def test_it_ends_when_guesses_get_worse() -> None:
     made, rows = looked(1.0), QUARTER.number
     for expected in (QUARTER, PLAIN):
         made.see(came(0.0, HALF_LIFE, rows), HALF_LIFE, rows)
         assert made.choose() == expected
-    made.see(PrefetchStats(), LOOK_AGAIN - TRY - 1, 0)
-    assert made.choose() == PLAIN
-    made.see(PrefetchStats(), 1, 0)
-    assert made.choose() == Choice(0, TRY)
+
+
+@pytest.mark.parametrize(("num_more", "expected"), [(0, 1024), (3 * LOOK, 256), (7 * LOOK, 128), (15 * LOOK, 64)])
+def test_it_looks_again_the_sooner_the_longer_guesses_had_paid(num_more: int, expected: int) -> None:
+    made, rows = begun(), QUARTER.number
+    made.see(came(1.0 if num_more else 0.0, LOOK, 1), LOOK, 1)
+    num_bad = min(num_more, 3 * HALF_LIFE)
+    for share, num_steps in ((1.0, num_more - num_bad), (0.0, num_bad)):
+        made.see(came(share, num_steps, rows), num_steps, rows)
+    assert plain_steps_until_a_look(made) == expected - TRY, "the plain steps before the look count"
     made.see(PrefetchStats(), TRY, 0)
-    assert made.choose() == LOOK
-    made.see(came(1.0, TRY, 1), TRY, 1)
-    assert made.choose() == QUARTER
+    assert made.choose() == LOOK_AT
+
+
+def test_after_guesses_that_paid_a_look_in_vain_is_not_soon_followed_by_another() -> None:
+    made, rows = looked(1.0), QUARTER.number
+    made.see(came(1.0, 1000, rows), 1000, rows)
+    made.see(came(0.0, 5 * HALF_LIFE, rows), 5 * HALF_LIFE, rows)
+    assert plain_steps_until_a_look(made) <= TRY
+    made.see(PrefetchStats(), TRY, 0)
+    made.see(came(0.0, LOOK, 1), LOOK, 1)
+    assert plain_steps_until_a_look(made) == LOOK_AGAIN - TRY
 
 
 def test_calls_are_short_until_it_has_settled() -> None:

@@ -16,7 +16,8 @@ ROOM = 1.25  # of what came in time comes next: so a little is late, by which is
 TRY = 4  # the most steps of a call, so that little is lost when what it brought is seen; not for long:
 SETTLED = 128  # guessing steps after a look began: from then on calls are as long as any
 HALF_LIFE = 16  # steps, after which what was seen weighs half as much
-LOOK_AGAIN = 1024  # plain steps; a look guesses for two calls, in vain, which takes less than the time of a step
+LOOK = 2 * TRY  # steps: before it is known what the first call of a look brought another one is under way
+LOOK_AGAIN = 1024  # plain steps after a look in vain, which takes less than the time of a step
 PARTS = 32  # of an expert, in which amounts are counted
 
 
@@ -24,9 +25,10 @@ class Budget:
     """Chooses how many rows of D values come early in each layer that is guessed, `most_rows` at most; 0: plain steps.
 
     After a few plain steps, beside which the host has time to begin others, a look brings one row of each guess, by
-    which it is seen what more would save. If that is too little steps are plain ones, and after `LOOK_AGAIN` of these
-    there is another look. Else a quarter of `most_rows` comes, and twice as much while a clock says that all of it was
-    in time; what was late tells how much comes in time, and `ROOM` of that is next. Without a clock it is `most_rows`.
+    which it is seen what more would save. If that is enough a quarter of `most_rows` comes, and twice as much while a
+    clock says that all of it was in time; what was late tells how much comes in time, and `ROOM` of that is next.
+    Without a clock it is `most_rows`. Once it is too little steps are plain ones, and then there is another look: after
+    `LOOK_AGAIN` of these if the look itself was in vain, and sooner the longer guesses had paid.
     """
 
     def __init__(self, most_rows: int, rows_of_expert: int, row_bytes: int, num_guesses: int):
@@ -54,7 +56,7 @@ class Budget:
         """What a call of so many steps brought early, which were to bring so many rows of each guess."""
         if not num_rows:
             self._num_plain += num_steps
-            if self._num_plain >= LOOK_AGAIN:
+            if self._num_plain * max(1.0, self._num_guessing / LOOK) >= LOOK_AGAIN:
                 self._begin()
             return
         if not num_steps:
