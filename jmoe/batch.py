@@ -1,6 +1,7 @@
 """One batch of a generation: calls the jitted steps, and takes what they emit apart."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from jmoe.engine import Engine
 
 LIVE_S = 0.1  # how often text should appear
+STOP_S = 0.025  # of a call that a stop string may make needless
 RUNS_TO_RECORD = 2  # XLA records the CUDA graph of a program when it runs for the second time
 SMALLEST_CHUNK = 16  # prefill compiles for powers of two from here to the plan's prefill_chunk
 
@@ -75,7 +77,8 @@ class Batch:
         self.prefetching = engine.prefetching if pays else None
         self._draft_set: DraftSet | None = None
         self._next: _Call | None = None
-        self._runs_ahead = not engine.runtime.profiled and not any(request.stop for request in requests)
+        self._runs_ahead = not engine.runtime.profiled
+        self._may_stop = any(request.stop for request in requests)
         self._last_end = 0.0
         self._num_active = len(sequences)
         self._before = read_counts(state.experts.residency)
@@ -158,9 +161,9 @@ class Batch:
     def decode(self) -> Iterator[Delta]:
         """The tokens of one call of a jitted step: plain steps, or cycles.
 
-        The next call is asked for before: the device goes on while the host takes this one's tokens apart. But a stop
-        string may make it needless, after a try of drafts it depends on how long that took, such a try is not to take
-        time from the call before, and a profiler is to see one call after the other.
+        The next call is asked for before: the device goes on while the host takes this one's tokens apart. But after a
+        try of drafts it depends on how long that took, such a try is not to take time from the call before, and a
+        profiler is to see one call after the other.
         """
         call, self._next = self._next or self._begin(self._choose()), None
         if self._runs_ahead and not self._is_timed(call.choice) and self._tokens_left > call.num_steps:
@@ -227,14 +230,23 @@ class Batch:
         return choice.number if self.drafting else 0
 
     def _num_steps(self, choice: Choice, capacity: int) -> int:
-        """As many steps as fill LIVE_S at the pace of the last such call, one to begin with; all, if nobody watches.
+        """As many steps as fill a call's time at the pace of the last such call, one to begin with.
 
         A prefetch's short calls are for running ahead, two at a time: else the host's time would come with each.
         """
         if self.drafting or self._runs_ahead:
             capacity = min(capacity, choice.num_steps or capacity)
+        if math.isinf(self._call_s):
+            return capacity
         step_s = self._step_s.get(self._drafted(choice))
-        return capacity if not self.clock.is_live else 1 if step_s is None else min(capacity, _fitting(step_s))
+        return 1 if step_s is None else min(capacity, max(1, int(self._call_s / step_s)))
+
+    @property
+    def _call_s(self) -> float:
+        """How long a call may take: as long as it likes if nobody watches, and nothing but a length ends the text."""
+        if self._may_stop and self._runs_ahead:
+            return STOP_S
+        return LIVE_S if self.clock.is_live else math.inf
 
     def _hand_out(self, tokens: np.ndarray, logprobs: np.ndarray, done: np.ndarray) -> Iterator[Delta]:
         stopped = np.zeros(len(self.sequences), bool)
@@ -243,11 +255,10 @@ class Batch:
             if real.any() and not sequence.stopped:
                 yield sequence.push(tokens[n][real].tolist(), logprobs[n][real].tolist())
             stopped[n] = sequence.stopped
-        if (stopped & ~done).any():
-            committed = jax.device_put(done | stopped, jax.devices()[0])  # as a step returns it, see init_state
-            self.state = dataclasses.replace(self.state, done=committed)
         self._num_active = int((~(done | stopped)).sum())
         self.finished = self._num_active == 0
+        if (stopped & ~done).any() and not self.finished:  # a call under way may have ended others
+            self.state = dataclasses.replace(self.state, done=self.state.done | stopped)
 
     def close(self) -> None:
         """Counts the calls whose tokens were taken: one may be under way, whose time and tokens nobody has."""
@@ -266,8 +277,3 @@ def _counts_of_steps(emitted: Emitted) -> dict[str, int]:
 def _counts_of_drafts(verified: Verified) -> dict[str, int]:
     names = ("num_verifications", "proposed", "accepted")
     return {"num_tokens": int(verified.num_tokens.sum())} | {name: int(getattr(verified, name)) for name in names}
-
-
-def _fitting(step_s: float) -> int:
-    """How many steps fill LIVE_S; one at least."""
-    return max(1, int(LIVE_S / step_s))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jmoe.batch
 from jmoe.config import RuntimeConfig
 from jmoe.decoding.compiled import Call
 from jmoe.decoding.sampling import SamplingParams
@@ -208,6 +209,38 @@ def test_one_stops_and_the_other_goes_on(whole: Completion) -> None:
     assert (other.finish_reason, other.token_ids) == ("length", alone.token_ids)
 
 
+def test_one_stops_while_the_call_under_way_ends_another(whole: Completion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token a call: the other's last token is under way when the stop string comes. It is not woken up."""
+    monkeypatch.setattr(jmoe.batch, "STOP_S", 0.0)
+    runtime = RuntimeConfig(expert_slots=4, max_seq_len=MAX_SEQ_LEN, batch_size=3, measure_link=False)
+    engine = Engine.start(TEXT, runtime, lambda: models.weights(TEXT), tokenizer=BYTES)
+    stop = first_new_character(whole.text)
+    num_until_stop = next(n for n in range(len(whole.token_ids)) if stop in BYTES.decode(whole.token_ids[: n + 1])) + 1
+    lengths = [40, num_until_stop + 1, num_until_stop + 4]
+    requests = [SamplingParams(max_new_tokens=length) for length in lengths]
+    prompts, stopping = ["A prompt", "Another", "Third"], dataclasses.replace(requests[0], stop=(stop,))
+    generation = engine.generate(prompts, [stopping, *requests[1:]])
+    made = generation.results()
+    assert [completion.finish_reason for completion in made] == ["stop", "length", "length"]
+    free = engine.generate(prompts, requests).results()
+    assert [len(completion.token_ids) for completion in made[1:]] == lengths[1:]
+    assert [completion.token_ids for completion in made[1:]] == [completion.token_ids for completion in free[1:]]
+    assert generation.stats.num_decode_steps == lengths[2] - 1
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_where_a_text_may_stop_calls_are_short(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that little is decoded in vain: the call with the end of the stop string, and the one under way."""
+    monkeypatch.setattr(jmoe.batch, "STOP_S", 0.0)
+    runtime = RuntimeConfig(expert_slots=4, max_seq_len=MAX_SEQ_LEN, measure_link=False)
+    engine = Engine.start(TEXT, runtime, lambda: models.weights(TEXT), tokenizer=BYTES)
+    generation = engine.generate(["A prompt"], SamplingParams(max_new_tokens=12, stop=("never said",)))
+    if live:
+        list(generation)
+    generation.results()
+    assert [steps for steps, _ in generation.stats.decode_calls] == [1] * 11
+
+
 # Left, or interrupted
 
 
@@ -332,11 +365,11 @@ class Counted:
         return getattr(self._steps, name)
 
 
-@pytest.mark.parametrize(("profiled", "stop", "ahead"), [(False, (), 1), (False, ("never said",), 0), (True, (), 0)])
+@pytest.mark.parametrize(("profiled", "stop", "ahead"), [(False, (), 1), (False, ("never said",), 1), (True, (), 0)])
 def test_the_next_call_is_asked_for_before_tokens_are_handed_out(
     profiled: bool, stop: tuple[str, ...], ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not where they may make it needless, nor while a profiler looks on; and none is asked for in vain."""
+    """But not while a profiler looks on; and none is asked for in vain."""
     runtime = RuntimeConfig(
         expert_slots=4, max_seq_len=MAX_SEQ_LEN, prefill_chunk=16, decode_chunk=5, measure_link=False, profiled=profiled
     )
