@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.config import RuntimeConfig
 from jmoe.decoding.resident import forward_resident
 from jmoe.decoding.sampling import SamplingParams
+from jmoe.engine import Engine
+from jmoe.synthetic import byte_tokenizer
+from jmoe.tokenizer import Tokenizer
 from tests import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("brings_all_guesses")]
@@ -63,6 +67,19 @@ def expected() -> list[tuple[int, ...]]:
 )
 def test_tokens_do_not_depend_on_slots_batches_kernels_prefetches_or_drafts(runtime: dict) -> None:
     assert tokens(**runtime) == expected()
+
+
+def test_one_text_stops_and_the_others_go_on() -> None:
+    """In short calls, of which the next one is under way when the stop string is found."""
+    config, tokenizer = dataclasses.replace(CONFIG, vocab_size=259), Tokenizer(byte_tokenizer(259), eos_ids=())
+    runtime = RuntimeConfig(expert_slots=12, batch_size=3, measure_link=False, **OPTIONS)
+    engine = Engine.start(config, runtime, lambda: models.weights(config), tokenizer=tokenizer)
+    prompts = models.prompts(37, 11, 50, config=config)
+    free = engine.generate(prompts, GREEDY).results()
+    stop = tokenizer.decode(free[0].token_ids[8:11])
+    stopped, *others = engine.generate(prompts, [dataclasses.replace(GREEDY, stop=(stop,)), GREEDY, GREEDY]).results()
+    assert (stopped.finish_reason, stopped.text) == ("stop", free[0].text[: free[0].text.index(stop)])
+    assert [completion.token_ids for completion in others] == [completion.token_ids for completion in free[1:]]
 
 
 def test_slots_are_never_copied() -> None:
