@@ -216,10 +216,13 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
             if not come:
                 pl.when(fetched[group] != 0)(lambda: copy(store.at[experts[group], rows]))
                 return
-            arrivals = Arrivals(*come)
-            found = entry_of(arrivals, experts[group], rows.start + ITEM_ROWS)
-            pl.when((fetched[group] != 0) & (found < 0))(lambda: copy(store.at[experts[group], rows]))
-            pl.when((fetched[group] != 0) & (found >= 0))(lambda: copy(arrivals.weights.at[found, rows]))
+
+            @pl.when(fetched[group] != 0)  # what lies in its slot does not wait for what has come to be read
+            def _():
+                arrivals = Arrivals(*come)
+                found = entry_of(arrivals, experts[group], rows.start + ITEM_ROWS)
+                pl.when(found < 0)(lambda: copy(store.at[experts[group], rows]))
+                pl.when(found >= 0)(lambda: copy(arrivals.weights.at[found, rows]))
 
         def keep(parts: tuple[int, ...], at) -> None:
             """Sends tiles that came from the store to their slot."""
