@@ -372,9 +372,15 @@ def test_where_it_pays(num_slots: int, num_choices: int, expected: bool) -> None
 def test_guesses_are_those_asked_for_that_are_not_resident(resident, num_asked, num_experts, expected) -> None:
     odds = jnp.asarray([0.8, 0.0, 0.5, 0.5, 0.2])
     slot_of = jnp.asarray([expert if expert in resident else NONE for expert in range(5)])
-    made = jax.jit(guess, static_argnums=(2, 3))(odds, slot_of, num_asked, num_experts)
-    assert np.asarray(made.expert_ids).shape == (num_experts,)
-    assert np.asarray(made.expert_ids)[: int(made.count)].tolist() == expected
+    rows_of_expert, num_rows = 6, 9
+
+    @jax.jit
+    def made_of(odds, slot_of, num_rows):
+        return guess(odds, slot_of, Prefetch(num_experts, num_rows, PastRequests(), num_asked), rows_of_expert)
+
+    made, nobody = made_of(odds, slot_of, num_rows), num_experts - len(expected)
+    assert made.expert_ids.tolist() == expected + [NONE] * nobody
+    assert made.num_rows.tolist() == [6, 3, 0][: len(expected)] + [0] * nobody
 
 
 def test_counts_by_hand() -> None:

@@ -168,8 +168,7 @@ PARTS = (fetch, arithmetic, two_steps, one_pass)
 
 def _with_arrivals(plans: list[Admitted], store: jax.Array, share: float) -> list[tuple[Admitted, Arrivals]]:
     """Beside each plan the expert of its first entry, of which a share has come."""
-    num_rows, one = jnp.asarray(3 * store.shape[2]), jnp.asarray(1)
-    come = [jax.jit(prefetch)(store, plan.plan_experts[:1], one, num_rows) for plan in plans]
+    come = [jax.jit(prefetch)(store, plan.plan_experts[:1], jnp.asarray([3 * store.shape[2]])) for plan in plans]
     rows = jnp.asarray([round(share * 3 * store.shape[2])], jnp.int32)
     return [(plan, dataclasses.replace(expert, num_rows=rows)) for plan, expert in zip(plans, come, strict=True)]
 
@@ -183,8 +182,7 @@ def _beside(store: jax.Array, options: argparse.Namespace, prefetch: Callable) -
         y, late = x, jnp.zeros_like(x)
         if prefetches:
             known_now = (x[0, :1] > jnp.inf).astype(jnp.int32)  # as a guess, which no call can make before it has x
-            guess, one = plan.plan_experts[:1] + known_now, jnp.asarray(1)
-            come = prefetch(store, guess, one, jnp.asarray(3 * store.shape[2] // 2))
+            come = prefetch(store, plan.plan_experts[:1] + known_now, jnp.asarray([3 * store.shape[2] // 2]))
             late = come.weights[0, 0, :1] * jnp.asarray(1e-30, x.dtype)
         for weights in dense if multiplies else ():
             y = jnp.tanh(y @ weights)

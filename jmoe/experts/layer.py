@@ -124,7 +124,7 @@ class OffloadedExperts(MoE):
         if ahead is None or odds is None:
             return progress
         with jax.named_scope("prefetch"):
-            return self._bring(ahead, 0, self._guess(ahead, 0, odds), progress)
+            return self._bring(0, self._guess(ahead, 0, odds), progress)
 
     def _outlook(self) -> Any:
         if self._is_fixed:
@@ -179,30 +179,29 @@ class OffloadedExperts(MoE):
         return self.prefetch if pays else None
 
     def _guess(self, ahead: Prefetch, moe_layer: int, odds: Float[Array, " E"]) -> Guess:
-        slot_of = self.slots.residency.layers[moe_layer].slot_of
-        return look_ahead.guess(odds, slot_of, ahead.num_choices, ahead.num_experts)
+        rows_of_expert = 3 * self.store.layers[moe_layer].shape[2]
+        return look_ahead.guess(odds, self.slots.residency.layers[moe_layer].slot_of, ahead, rows_of_expert)
 
-    def _bring(self, ahead: Prefetch, moe_layer: int, best: Guess, carry: Progress, after: Array | None = None):
-        store = self.store.layers[moe_layer]
-        named, how = (best.expert_ids, best.count, ahead.num_rows), {"implementation": self.implementation}
-        return dataclasses.replace(carry, arrivals=(*carry.arrivals, bring(store, *named, after=after, **how)))
+    def _bring(self, moe_layer: int, best: Guess, carry: Progress, after: Array | None = None) -> Progress:
+        wanted, how = (best.expert_ids, best.num_rows), {"implementation": self.implementation}
+        arrivals = bring(self.store.layers[moe_layer], *wanted, after=after, **how)
+        return dataclasses.replace(carry, arrivals=(*carry.arrivals, arrivals))
 
     def _bring_guessed(self, moe_layer: int, y: Float[Array, "T D"], carry: Progress):
         """What the next layer will probably miss, once this one's experts have come: before, the link is theirs."""
-        if carry.guess is None or self.prefetch is None:
+        if carry.guess is None:
             return y, carry
         after, best = jax.lax.optimization_barrier((carry.fetched, carry.guess))
         y, _ = jax.lax.optimization_barrier((y, best))  # else XLA makes the guess together with the next routing
         carry = dataclasses.replace(carry, guess=None, fetched=None)
         with jax.named_scope("prefetch"):
-            return y, self._bring(self.prefetch, moe_layer + 1, best, carry, after)
+            return y, self._bring(moe_layer + 1, best, carry, after)
 
     def __call__(self, moe_layer: int, x: Float[Array, "T D"], routing: Routing, carry: Progress):
         asked = dataclasses.replace(carry, expert_ids=(*carry.expert_ids, routing.expert_ids))
         run = self._from_slots if self.layout.all_resident else self._from_slots_and_store
         y, progress = run(moe_layer, x, routing, asked)
-        y, progress = self._bring_guessed(moe_layer, y, progress)
-        return y.astype(x.dtype), progress
+        return self._bring_guessed(moe_layer, y.astype(x.dtype), progress)
 
     def _from_slots(self, moe_layer: int, x, routing: Routing, carry: Progress):
         """Where there is a slot for every expert: slot s holds expert s, and nothing changes."""
@@ -224,10 +223,8 @@ class OffloadedExperts(MoE):
     def _from_slots_and_store(self, moe_layer: int, x, routing: Routing, carry: Progress):
         slots, staging = self.slots.layers[moe_layer], carry.staging
         arrivals = carry.arrivals[-1] if carry.arrivals else None  # for this layer
-        is_timed = arrivals is not None and arrivals.came_at is not None
         with jax.named_scope("admit"):
             admitted = self._admit(moe_layer, routing, carry.outlook)
-            known_at = (now(admitted.count),) if is_timed else ()  # nothing but the counters waits for it
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and not self.layout.overflows(routing.expert_ids.size):
@@ -244,7 +241,7 @@ class OffloadedExperts(MoE):
             staging=staging,
             slots=(*carry.slots, slots),
             layers=(*carry.layers, after),
-            known_at=(*carry.known_at, *known_at),
+            known_at=(*carry.known_at, *_known_at(admitted, arrivals)),
             num_hits=(*carry.num_hits, admitted.num_hits),
             num_fetched=(*carry.num_fetched, admitted.count) if self.admits else (),
         )
@@ -276,9 +273,20 @@ class OffloadedExperts(MoE):
         if read_through.can(self.implementation, x, slots):
             with jax.named_scope("experts"):
                 y, slots = read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted, arrivals)
+            y = y.astype(x.dtype)  # here, so that it is no kernel of its own for those who wait
             return y, slots, y
         slots = self._fetch(moe_layer, slots, plan_of(admitted), arrivals)
         return multiply(x, slots, admitted.group_slots, groups, self.implementation), slots, slots[:1, 0, 0, :1]
+
+
+def _known_at(admitted: Admitted, arrivals: Arrivals | None) -> tuple[Int[Array, ""], ...]:
+    """When the layer's demand was known, if that is to be compared with when something came.
+
+    A kernel of its own is asked only where no kernel admits: beside the one that multiplies it costs a layer 8 us.
+    """
+    if arrivals is None or arrivals.came_at is None:
+        return ()
+    return (now(admitted.count) if admitted.known_at is None else admitted.known_at,)
 
 
 def plan_of(admitted: Admitted) -> FetchPlan:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jmoe.experts.residency import NONE, Residency
 from jmoe.experts.slots import SlotLayout
 from jmoe.model.router import Routing
-from kernels_pallas.prefetch.arrivals import Arrivals
+from kernels_pallas.prefetch.arrivals import Arrivals, share_out
 
 
 class Foresight(Protocol):
@@ -69,10 +69,10 @@ class Prefetched:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """The most probable experts of a layer that are not resident, the first `count` of the list."""
+    """The most probable experts of a layer that are not resident, NONE for nobody, and how many rows each is to bring."""
 
     expert_ids: Int[Array, " P"]
-    count: Int[Array, ""]
+    num_rows: Int[Array, " P"]
 
 
 def pays(layout: SlotLayout, num_choices: int) -> bool:
@@ -84,22 +84,23 @@ def pays(layout: SlotLayout, num_choices: int) -> bool:
     return not layout.all_resident and not layout.overflows(num_choices)
 
 
-def guess(odds: Float[Array, " E"], slot_of: Int[Array, " E"], num_asked: int, num_experts: int) -> Guess:
-    """At most `num_experts`, by how probably a layer asks for each; of equals the first.
+def guess(odds: Float[Array, " E"], slot_of: Int[Array, " E"], ahead: Prefetch, rows_of_expert: int) -> Guess:
+    """What `ahead` brings of a layer, by how probably it asks for each of its experts; of equals the first.
 
-    A layer that asks for `num_asked` is guessed to ask for the most probable ones: what is missing of others is none of
-    them. One maximum after the other, and then the place of each, for these are few: in a few small kernels.
+    A layer is guessed to ask for the most probable ones, as many as it makes choices: what is missing of others is none
+    of them. One maximum after the other, and then the place of each, for these are few: in a few small kernels.
     """
     at, left = jnp.arange(odds.size), jnp.where(slot_of == NONE, odds, 0.0)
     ids, best = [], []
-    for _ in range(num_experts):
+    for _ in range(ahead.num_experts):
         ids.append(jnp.argmax(left).astype(jnp.int32))
         best.append(jnp.max(left))
         left = jnp.where(at == ids[-1], 0.0, left)
     expert_ids, values = jnp.stack(ids), jnp.stack(best)[:, None]
     before = (odds[None] > values) | ((odds[None] == values) & (at[None] < expert_ids[:, None]))  # [P, E]
-    is_guessed = (values[:, 0] > 0) & (jnp.sum(before, axis=1) < num_asked)
-    return Guess(expert_ids, jnp.sum(is_guessed, dtype=jnp.int32))
+    is_guessed = (values[:, 0] > 0) & (jnp.sum(before, axis=1) < ahead.num_choices)  # the first of them, or none
+    rows = jnp.where(is_guessed, share_out(ahead.num_rows, ahead.num_experts, rows_of_expert), 0)
+    return Guess(jnp.where(is_guessed, expert_ids, NONE), rows)
 
 
 def no_rows(num_layers: int) -> Prefetched:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import clock
 from kernels_pallas.admit.pairs import VECTOR, WARPGROUP, Pairs, Things, columns_of, put, whole
 from kernels_pallas.admit.reference import FIRST, NEVER
 from kernels_pallas.admit.result import NONE, Admitted
@@ -48,9 +49,10 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
     num_entries = min(num_groups, num_slots) if admits else 0
     groups, entries, threads = whole(num_groups), whole(num_entries), whole(num_experts, WARPGROUP)
     num_ids = whole(expert_ids.size)
-    sizes = 1, 1, 1, groups, groups, groups, *((entries, entries) if admits else ())
+    is_timed = not interpret
+    sizes = *[1] * (3 + is_timed), groups, groups, groups, *((entries, entries) if admits else ())
     kernel = plgpu.kernel(
-        _kernel(expert_ids.shape, num_experts, num_slots, admits),
+        _kernel(expert_ids.shape, num_experts, num_slots, admits, is_timed),
         out_type=(
             jax.ShapeDtypeStruct((expert_ids.shape[0], groups), jnp.float32),
             *(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
@@ -73,6 +75,7 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
     refs = [jax.new_ref(slot_of), jax.new_ref(owner)] if admits else []
     inputs = (*refs, _filled(value, 0)) if admits else (slot_of,)
     weights, count, num_used, hits, *rows = kernel(ids, weights.astype(jnp.float32), *inputs)
+    known_at = rows.pop(0)[0] if is_timed else None
     slot_of, owner = map(jax.freeze, refs) if refs else (slot_of, owner)
     group_experts, group_slots, group_fetched, *plan = rows
     plan = plan or [jnp.zeros((0,), jnp.int32)] * 2
@@ -88,6 +91,7 @@ def admit(expert_ids, combine_weights, used, value, slot_of, owner, *, interpret
         count[0],
         num_used[0],
         hits[0],
+        known_at,
     )
 
 
@@ -96,16 +100,16 @@ def _filled(row, value):
     return jnp.pad(row.astype(row.dtype), (0, whole(row.size) - row.size), constant_values=value)
 
 
-def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, admits: bool):
+def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, admits: bool, is_timed: bool):
     """The kernel body; see the module's docstring."""
     max_needed = min(math.prod(choices), num_experts)
 
     def admit_layer(ids, weights, *refs):
         # ids, weights [T*A]; slot_of [E] and, if it admits, owner [S], value [E]; outputs; then shared memory
         rows_in, refs = (refs[:3], refs[3:]) if admits else (refs[:1], refs[1:])
-        weights_out, count_out, used_out, hits_out, *rows_out, table, ids_here, weights_here, results, sums, arrived = (
-            refs
-        )
+        *out, table, ids_here, weights_here, results, sums, arrived = refs
+        weights_out, count_out, used_out, hits_out, *rows_out = out
+        known_out = rows_out.pop(0) if is_timed else None
         for source, place in zip(rows_in, (SLOT_OF, OWNER, VALUE), strict=False):
             plgpu.copy_gmem_to_smem(source, table.at[place, pl.ds(0, source.shape[0])], arrived)
         plgpu.copy_gmem_to_smem(ids, ids_here.at[pl.ds(0, ids.shape[0])], arrived)
@@ -121,6 +125,8 @@ def _kernel(choices: tuple[int, int], num_experts: int, num_slots: int, admits: 
             found += [*_plan(table, columns, min(max_needed, num_slots)), _slot_of(table, columns, num_experts), owner]
         put(results, dict(enumerate((*found, count, num_used, hits))))
 
+        if known_out is not None:
+            known_out[0] = clock.read()
         for n, out in enumerate((*rows_out, *rows_in[:2]) if admits else rows_out):
             plgpu.copy_smem_to_gmem(results.at[n, pl.ds(0, out.shape[0])], out)
         for t in range(choices[0]):

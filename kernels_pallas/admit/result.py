@@ -15,9 +15,10 @@ class Admitted:
 
     Group g is expert `group_experts[g]`, ascending, NONE where no expert is left; `group_slots[g]` is where it lies,
     some slot if it lies nowhere; `group_weights[g, t]` what it weighs for row t; `group_fetched[g]` is 1 if it was not
-    there before, and 0 otherwise. The plan, which brings those, copies
-    expert `plan_experts[i]` into slot `plan_slots[i]` for i < `count`; entries beyond are 0. `num_used` experts are
-    used: the groups that have one; `num_hits` of them were there before.
+    there before, and 0 otherwise. The plan, which brings those, copies expert `plan_experts[i]` into slot
+    `plan_slots[i]` for i < `count`; entries beyond are 0. `num_used` experts are used: the groups that have one;
+    `num_hits` of them were there before. `known_at` is when all this was known, by `kernels_pallas.clock`: None where
+    there is no clock.
     """
 
     group_experts: Int[Array, " G"]
@@ -31,3 +32,4 @@ class Admitted:
     count: Int[Array, ""]
     num_used: Int[Array, ""]
     num_hits: Int[Array, ""]
+    known_at: Int[Array, ""] | None = None

@@ -11,10 +11,10 @@ from kernels_pallas.prefetch.arrivals import Arrivals
 COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
-def _mosaic_gpu(store, expert_ids, count, num_rows, after):
+def _mosaic_gpu(store, expert_ids, num_rows, after):
     from kernels_pallas.prefetch import mosaic_gpu  # importing Mosaic takes seconds, and a CPU needs none of it
 
-    return mosaic_gpu.prefetch(store, expert_ids, count, num_rows, after)
+    return mosaic_gpu.prefetch(store, expert_ids, num_rows, after)
 
 
 IMPLEMENTATIONS = {"reference": reference.prefetch, "mosaic_gpu": _mosaic_gpu}
@@ -32,7 +32,7 @@ def now(after: Array) -> Int[Array, ""]:
     `COMPILER_OPTIONS` it waits for nothing else. Only where arrivals have a clock. Times after the same array may be
     one.
     """
-    from kernels_pallas.prefetch import clock
+    from kernels_pallas import clock
 
     return clock.now(after)
 
@@ -40,20 +40,22 @@ def now(after: Array) -> Int[Array, ""]:
 def prefetch(
     store: Float[Array, "E 3 F D"],
     expert_ids: Int[Array, " P"],
-    count: Int[Array, ""],
-    num_rows: Int[Array, ""],
+    num_rows: Int[Array, " P"],
     after: Array | None = None,
     *,
     implementation: str | None = None,
 ) -> Arrivals:
-    """The first `num_rows` rows of D values (3F an expert) of the first `count` experts, in their order.
+    """The first `num_rows` rows of D values (of 3F) of each expert, one after the other, as `arrivals.share_out` has it.
 
-    `store` is in host memory, everything else on the device. Ids at and beyond `count` are not read; those before are
-    distinct. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`, as soon as
+    `store` is in host memory, everything else on the device. Experts of which a row comes are distinct; others are not
+    read, and NONE if there is nobody. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`, as soon as
     `after` is computed, if that is given: an array whose values are of no matter. There each tile's arrival is timed.
 
-    Raises ValueError for a list of no expert, NotImplementedError for an implementation that cannot run here.
+    Raises ValueError for a list of no expert, and for as many rows that are not one for each; NotImplementedError for an implementation that cannot run here.
     """
-    if expert_ids.ndim != 1 or not expert_ids.size:
-        raise ValueError(f"prefetch: expert_ids {expert_ids.shape} must be a list of at least one")
-    return IMPLEMENTATIONS[resolve(implementation)](store, expert_ids, count, num_rows, after)
+    if expert_ids.ndim != 1 or not expert_ids.size or expert_ids.shape != num_rows.shape:
+        raise ValueError(
+            f"prefetch: expert_ids {expert_ids.shape} and num_rows {num_rows.shape} must be lists of at least one, one "
+            "number of rows for each expert"
+        )
+    return IMPLEMENTATIONS[resolve(implementation)](store, expert_ids, num_rows, after)

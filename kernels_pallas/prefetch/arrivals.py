@@ -17,8 +17,8 @@ class Arrivals:
     Expert `expert_ids[p]`, NONE for nobody, has come with the first `num_rows[p]` of its 3F rows of D values (gate, up,
     down); what `weights[p]` holds beyond them is anything. The experts are distinct.
 
-    `came_at`, None where there is no clock, says when each of n equal parts of an expert had come: ns of `api.now`'s
-    clock. Of parts in which none of the first rows lies it is anything.
+    `came_at`, None where there is no clock, says when each of n equal parts of an expert had come, by
+    `kernels_pallas.clock`. Of parts in which none of the first rows lies it is anything.
     """
 
     expert_ids: Int[Array, " P"]
@@ -27,11 +27,9 @@ class Arrivals:
     came_at: Int[Array, "P n"] | None = None
 
 
-def share_out(count: Int[Array, ""], num_rows: Int[Array, ""], size: int, rows_of_expert: int) -> Int[Array, " P"]:
-    """How many rows of each of the first `count` of `size` experts come when `num_rows` do: one after the other."""
-    place = jnp.arange(size, dtype=jnp.int32)
-    rows = jnp.clip(num_rows - place * rows_of_expert, 0, rows_of_expert)
-    return jnp.where(place < count, rows, 0)
+def share_out(num_rows: Int[Array, ""], size: int, rows_of_expert: int) -> Int[Array, " P"]:
+    """How many rows of each of `size` experts come when `num_rows` do: the first comes whole before the next begins."""
+    return jnp.clip(num_rows - jnp.arange(size, dtype=jnp.int32) * rows_of_expert, 0, rows_of_expert)
 
 
 def entry_of(arrivals: Arrivals, expert, end_row):

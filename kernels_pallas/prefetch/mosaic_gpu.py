@@ -12,53 +12,48 @@ from jax import lax
 from jax.experimental.compute_on import compute_on
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import tile_ring
+from kernels_pallas import clock, tile_ring
 from kernels_pallas.host_view import device_view
 from kernels_pallas.multiprocessors import COPYING
-from kernels_pallas.prefetch import clock
-from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
+from kernels_pallas.prefetch.arrivals import Arrivals
 from kernels_pallas.tile_ring import Config, Tiling, tiling
 
 STREAM = "gpu_stream:1"
 CONFIG = Config(num_blocks=COPYING)
 
 
-def prefetch(store, expert_ids, count, num_rows, after=None, *, config: Config = CONFIG, interpret=None) -> Arrivals:
+def prefetch(store, expert_ids, num_rows, after=None, *, config: Config = CONFIG, interpret=None) -> Arrivals:
     """`after` is an operand of the kernel that it does not read: XLA starts it no sooner.
 
     A tile is a part of `came_at`, timed once it lies in shared memory; nothing is where the kernel is interpreted.
     """
-    expert_ids, count, num_rows = (part.astype(jnp.int32) for part in (expert_ids, count, num_rows))
+    expert_ids, num_rows = (part.astype(jnp.int32) for part in (expert_ids, num_rows))
     size, (_, _, num_hidden, width) = expert_ids.shape[0], store.shape
     tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
 
-    def copy(store, expert_ids, count, num_rows, *after):
+    def copy(store, expert_ids, num_rows, *after):
         out = [jax.ShapeDtypeStruct((size, tile.num_tiles * tile.rows, tile.columns), store.dtype)]
         out += [] if interpret else [jax.ShapeDtypeStruct((size, tile.num_tiles), jnp.int32)]
-        body = _copy_rows(tile, config, 3 * num_hidden, width, is_timed=not interpret)
+        body = _copy_rows(tile, config, width, is_timed=not interpret)
         kernel = tile_ring.kernel(body, tile, config, store.dtype, out_type=out, interpret=interpret)
-        weights, *came_at = kernel(
-            expert_ids, count.reshape(1), num_rows.reshape(1), device_view(tile.flat(store)), *after
-        )
+        weights, *came_at = kernel(expert_ids, num_rows, device_view(tile.flat(store)), *after)
         return weights.reshape(size, *store.shape[1:]), *came_at
 
     beside = compute_on(copy, compute_type=STREAM, out_memory_spaces=jax.memory.Space.Device)
-    weights_and_times = beside(store, expert_ids, count, num_rows, *(() if after is None else (after,)))  # pyright: ignore[reportCallIssue]  # a decorator too
-    named = jnp.arange(size, dtype=jnp.int32) < count
-    rows = share_out(count, num_rows, size, 3 * num_hidden)
-    return Arrivals(jnp.where(named, expert_ids, NONE), rows, *weights_and_times)
+    weights_and_times = beside(store, expert_ids, num_rows, *(() if after is None else (after,)))  # pyright: ignore[reportCallIssue]  # a decorator too
+    return Arrivals(expert_ids, num_rows, *weights_and_times)
 
 
-def _copy_rows(tile: Tiling, config: Config, rows_of_expert: int, width: int, *, is_timed: bool):
+def _copy_rows(tile: Tiling, config: Config, width: int, *, is_timed: bool):
     """The kernel body: the tiles in which the first rows lie."""
     step = math.gcd(width, tile.size)  # of elements, so that their number stays an int32
 
-    def copy_rows(expert_ids, count, num_rows, store, *refs):
-        # expert_ids [P], count, num_rows [1]; store [E, rows, columns] (host); after what it waits for weights
+    def copy_rows(expert_ids, num_rows, store, *refs):
+        # expert_ids, num_rows [P]; store [E, rows, columns] (host); after what it waits for weights
         # [P, rows, columns] and, if it is timed, came_at [P, tiles]
         *refs, stages, arrived = refs
         weights, came_at = refs[-2:] if is_timed else (refs[-1], None)
-        wanted = jnp.clip(num_rows[0], 0, count[0] * rows_of_expert) * (width // step)
+        wanted = sum(num_rows[entry] for entry in range(num_rows.shape[0])) * (width // step)  # those before come whole
         num_tiles = lax.div(wanted + tile.size // step - 1, tile.size // step)
 
         def load(entry, rows, stage, arrived) -> None:

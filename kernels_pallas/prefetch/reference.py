@@ -3,13 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.prefetch.arrivals import NONE, Arrivals, share_out
+from kernels_pallas.prefetch.arrivals import Arrivals
 
 
-def prefetch(store, expert_ids, count, num_rows, after=None):
-    size = expert_ids.size
-    named = jnp.arange(size) < count
-    experts = [jax.lax.dynamic_index_in_dim(store, jnp.where(named, expert_ids, 0)[p]) for p in range(size)]
+def prefetch(store, expert_ids, num_rows, after=None):
+    experts = [jax.lax.dynamic_index_in_dim(store, expert) for expert in jnp.maximum(expert_ids, 0)]
     weights = jnp.concatenate([jax.device_put(expert, jax.memory.Space.Device) for expert in experts])
-    rows = share_out(count, num_rows, size, 3 * store.shape[2])
-    return Arrivals(jnp.where(named, expert_ids, NONE), rows, weights)
+    return Arrivals(expert_ids, num_rows, weights)

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefetchSpec:
-    """A store of E experts [3, F, D] and a list of P, of which `count` are named and `share` experts are to come."""
+    """A store of E experts [3, F, D] and a list of P, of which `count` are guessed and `share` experts are to come."""
 
     name: str
     num_experts: int
@@ -31,11 +31,14 @@ class PrefetchSpec:
         hidden, width = (max(8, size // factor // 8 * 8) for size in (self.num_hidden, self.width))
         return dataclasses.replace(self, num_hidden=hidden, width=width)
 
-    def make(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """expert_ids [P], count [] and num_rows []. What lies beyond `count` is nonsense, and must not be read."""
-        expert_ids = np.full(self.size, 10**6, np.int32)
-        expert_ids[: self.count] = np.random.default_rng(seed).permutation(self.num_experts)[: self.count]
-        return expert_ids, np.array(self.count, np.int32), np.array(self.num_rows, np.int32)
+    def make(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """expert_ids [P] and num_rows [P]. Experts of which nothing comes are nonsense, and must not be read."""
+        rows_of_expert, expert_ids = 3 * self.num_hidden, np.full(self.size, 10**6, np.int32)
+        num_rows = np.clip(self.num_rows - rows_of_expert * np.arange(self.size), 0, rows_of_expert).astype(np.int32)
+        num_rows[self.count :] = 0
+        coming = np.count_nonzero(num_rows)
+        expert_ids[:coming] = np.random.default_rng(seed).permutation(self.num_experts)[:coming]
+        return expert_ids, num_rows
 
 
 _QWEN3_30B = PrefetchSpec(name="qwen3_30b", num_experts=128, num_hidden=768, width=2048, size=1, count=1, share=0.41)

@@ -12,12 +12,14 @@ import pytest
 
 from jmoe import memory
 from jmoe.experts.look_ahead import count
+from kernels_pallas.admit import api
 from kernels_pallas.admit import reference as admission
 from kernels_pallas.admit.specs import SPECS as ADMIT_SPECS
 from kernels_pallas.expert_mlp import read_through
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
 from kernels_pallas.prefetch.api import COMPILER_OPTIONS, now, prefetch, resolve
+from kernels_pallas.prefetch.arrivals import share_out
 from kernels_pallas.prefetch.specs import SPECS, PrefetchSpec
 from tests import models
 from tests.gpu.test_engine import CONFIG, GREEDY, OPTIONS, PROMPTS
@@ -38,11 +40,11 @@ def test_the_first_rows_come_and_nothing_else_is_promised(spec: PrefetchSpec) ->
     store = random_bits(spec.store_shape, spec.dtype, 0)
     jitted, on_host = jax.jit(prefetch), jax.device_put(store, memory.host_sharding())
     for seed in range(3):
-        expert_ids, count, num_rows = spec.make(seed)
-        come = jitted(on_host, *map(jnp.asarray, (expert_ids, count, num_rows)))
-        assert int(jnp.sum(come.num_rows)) == min(spec.num_rows, int(count) * 3 * spec.num_hidden)
-        for entry, rows in enumerate(np.asarray(come.num_rows)):
-            assert int(come.expert_ids[entry]) == (expert_ids[entry] if entry < count else -1)
+        expert_ids, num_rows = spec.make(seed)
+        come = jitted(on_host, jnp.asarray(expert_ids), jnp.asarray(num_rows))
+        np.testing.assert_array_equal(come.expert_ids, expert_ids)
+        np.testing.assert_array_equal(come.num_rows, num_rows)
+        for entry, rows in enumerate(num_rows):
             if rows:
                 wanted = rows_of(bits(store))[expert_ids[entry], :rows]
                 np.testing.assert_array_equal(rows_of(bits(come.weights))[entry, :rows], wanted)
@@ -66,8 +68,8 @@ def program(demand):
     @functools.partial(jax.jit, donate_argnums=2, compiler_options=COMPILER_OPTIONS)
     def run(x, store, slots, plans, guesses, num_rows, chain):
         for plan, guess in zip(plans, guesses, strict=True):
-            count = jnp.where(x[0, 0] > jnp.inf, 0, guess.size)  # known when x is
-            come = prefetch(store, guess, count, num_rows, x)
+            rows = share_out(num_rows, guess.size, 3 * store.shape[2])
+            come = prefetch(store, guess, jnp.where(x[0, 0] > jnp.inf, 0, rows), x)  # known when x is
             for weights in chain:
                 x = jnp.tanh(x @ weights)
             y, slots = demand(x, store, slots, plan, come)
@@ -118,7 +120,7 @@ def test_what_has_come_makes_the_bits_of_what_is_fetched(demand) -> None:
     store, jitted = jax.device_put(experts, memory.host_sharding()), jax.jit(demand)
     for seed, num_rows in enumerate((0, 1, 100, 1152, 2304, 3000, 10000)):
         (plan,), (guess,) = experts_and_plans(seed, 1)
-        come = jax.jit(prefetch)(store, guess, jnp.asarray(2), jnp.asarray(num_rows))
+        come = jax.jit(prefetch)(store, guess, share_out(jnp.asarray(num_rows), 2, 3 * SHAPE[1]))
         left = experts.copy()
         for expert, rows in zip(np.asarray(come.expert_ids), np.asarray(come.num_rows), strict=True):
             rows_of(left)[expert, : rows // 64 * 64] = np.nan  # whole tiles of either kernel
@@ -152,10 +154,19 @@ def test_the_clock_counts_ns() -> None:
     assert 0.99e9 * slept < ns_between(before, after) < 1.01e9 * took
 
 
+def test_an_admission_says_when_it_was_made() -> None:
+    admit = jax.jit(api.admit)
+    for seed in range(10):
+        inputs = [jnp.asarray(each) for each in PLAN.make(seed)]
+        before = now(inputs[0]).block_until_ready()
+        known_at = admit(*inputs).known_at.block_until_ready()
+        assert 0 < ns_between(before, known_at) < ns_between(before, now(known_at)) < 1e9
+
+
 @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-def timed(store, expert_ids, num_experts, num_rows):
+def timed(store, expert_ids, num_rows):
     before = now(expert_ids)
-    come = prefetch(store, expert_ids, num_experts, num_rows, before)
+    come = prefetch(store, expert_ids, num_rows, before)
     return before, come, now(come.weights)
 
 

@@ -38,7 +38,9 @@ def test_the_kernel_is_the_reference(spec: AdmitSpec) -> None:
     kernel = functools.partial(mosaic_gpu.admit, interpret=plgpu.InterpretGPUParams(detect_races=True))
     for seed in range(2):
         inputs = jax.tree.map(jax.numpy.asarray, spec.make(seed))
-        assert_same(kernel(*inputs), plain(*inputs))
+        got, wanted = kernel(*inputs), plain(*inputs)
+        assert_same(got, wanted)
+        assert got.known_at is wanted.known_at is None, "neither an interpreted kernel nor plain JAX has a clock"
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -49,6 +51,7 @@ def test_the_kernel_compiles_for_cuda(name: str) -> None:
     inputs = next(spec for spec in SPECS if spec.name == name).make()
     exported = export.export(jax.jit(mosaic_gpu.admit), platforms=["cuda"])(*inputs)
     assert str(exported.mlir_module()).count("custom_call @mosaic_gpu_v2") == 1
+    assert (exported.out_avals[-1].shape, exported.out_avals[-1].dtype) == ((), jax.numpy.int32), "when it was known"
 
 
 def test_any_expert_that_lies_somewhere_has_its_slot() -> None:

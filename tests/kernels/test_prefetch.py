@@ -13,10 +13,11 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the races foun
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe import memory
+from kernels_pallas import clock
 from kernels_pallas.fetch import api as fetch_api
 from kernels_pallas.fetch import mosaic_gpu as fetch_kernel
 from kernels_pallas.fetch import reference as fetch_reference
-from kernels_pallas.prefetch import api, clock, mosaic_gpu, reference
+from kernels_pallas.prefetch import api, mosaic_gpu, reference
 from kernels_pallas.prefetch.arrivals import NONE, Arrivals
 from kernels_pallas.prefetch.specs import SPECS, PrefetchSpec
 from kernels_pallas.tile_ring import Config, tiling
@@ -61,19 +62,16 @@ def tile_size(config: Config, dtype: str = "bfloat16") -> int:
 
 
 def check(prefetch, spec: PrefetchSpec, *after: jax.Array) -> Arrivals:
-    expert_ids, count, num_rows = spec.make()
+    expert_ids, num_rows = spec.make()
     store = make_store(spec.store_shape, spec.dtype)
-    got = prefetch(store, *map(jnp.asarray, (expert_ids, count, num_rows)), *after)
+    got = prefetch(store, jnp.asarray(expert_ids), jnp.asarray(num_rows), *after)
     assert got.weights.shape == (spec.size, *spec.store_shape[1:])
     assert got.weights.dtype == store.dtype
     assert got.came_at is None, "neither plain JAX nor an interpreted kernel has a clock"
-    left, rows_of_expert = spec.num_rows, 3 * spec.num_hidden
-    for entry in range(spec.size):
-        named = entry < spec.count
-        rows = min(left, rows_of_expert) if named else 0
-        left -= rows
-        assert int(got.expert_ids[entry]) == (expert_ids[entry] if named else NONE)
-        assert int(got.num_rows[entry]) == rows
+    np.testing.assert_array_equal(got.expert_ids, expert_ids)
+    np.testing.assert_array_equal(got.num_rows, num_rows)
+    assert num_rows.sum() == min(spec.num_rows, 3 * spec.num_hidden * spec.count)
+    for entry, rows in enumerate(num_rows):
         if rows:
             wanted = rows_of(store)[expert_ids[entry], :rows]
             assert_same_bits(np.ascontiguousarray(rows_of(got.weights)[entry, :rows]), wanted)
@@ -110,7 +108,7 @@ def test_no_tile_comes_for_nothing(share: float) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 def test_the_kernel_compiles_for_cuda_at_its_true_size(spec: PrefetchSpec) -> None:
-    small = [((spec.size,), "int32"), ((), "int32"), ((), "int32")]
+    small = [((spec.size,), "int32")] * 2
     arguments = [jax.ShapeDtypeStruct(*one) for one in ((spec.store_shape, spec.dtype), *small)]
     made = export.export(jax.jit(mosaic_gpu.prefetch), platforms=["cuda"])(*arguments)
     assert "mosaic_gpu" in made.mlir_module()
@@ -217,9 +215,11 @@ def test_arrivals_that_do_not_fit_are_refused(change: dict, message: str) -> Non
 
 
 def test_what_cannot_be_prefetched_is_refused() -> None:
-    store, zero = make_store(SMALL.store_shape, SMALL.dtype), jnp.asarray(0)
-    for expert_ids in (jnp.zeros(0, jnp.int32), jnp.zeros((1, 1), jnp.int32)):
-        with pytest.raises(ValueError, match=r"prefetch: expert_ids \((0,|1, 1)\) must be a list of at least one"):
-            api.prefetch(store, expert_ids, zero, zero)
+    store, one = make_store(SMALL.store_shape, SMALL.dtype), jnp.zeros(1, jnp.int32)
+    for shape in (0,), (1, 1):
+        with pytest.raises(ValueError, match=r"prefetch: expert_ids \((0,|1, 1)\) and .* must be lists of at least one"):
+            api.prefetch(store, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
+    with pytest.raises(ValueError, match=r"num_rows \(\) must be .* one number of rows for each expert"):
+        api.prefetch(store, one, jnp.asarray(0))
     with pytest.raises(NotImplementedError, match=r"prefetch: mosaic_gpu cannot run here.*reference"):
-        api.prefetch(store, jnp.zeros(1, jnp.int32), zero, zero, implementation="mosaic_gpu")
+        api.prefetch(store, one, one, implementation="mosaic_gpu")

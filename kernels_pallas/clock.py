@@ -1,6 +1,6 @@
 """The device's clock: %globaltimer, which counts ns and which all kernels share. Its low 32 bits, as an int32.
 
-They wrap around every 4.3 s, so that only differences mean something, in int32 and below half of that. How often the
+In a program whose kernels run beside each other it is better read by a kernel that is there in any case. The bits wrap around every 4.3 s, so that only differences mean something, in int32 and below half of that. How often the
 clock advances is the device's matter.
 """
 
@@ -25,7 +25,7 @@ def read() -> Int[Array, ""]:
 
 @jax.jit  # the layers of a model share one compilation
 def now(after: Array) -> Int[Array, ""]:
-    """As `api.now`."""
+    """A kernel of its own: the time once `after` is computed, an array whose values are of no matter."""
 
     def tell_time(after, time):
         time[0] = read()
