@@ -1,7 +1,8 @@
 """The device's clock: %globaltimer, which counts ns and which all kernels share. Its low 32 bits, as an int32.
 
-In a program whose kernels run beside each other it is better read by a kernel that is there in any case. The bits wrap around every 4.3 s, so that only differences mean something, in int32 and below half of that. How often the
-clock advances is the device's matter.
+They wrap around every 4.3 s, so that only differences mean something, in int32 and below half of that. How often the
+clock advances is the device's matter. Where kernels run beside each other it is better read by one that is there in any
+case than by one of its own.
 """
 
 import jax

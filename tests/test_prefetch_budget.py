@@ -57,18 +57,18 @@ def looked(useful_share: float, **sizes) -> Budget:
 
 
 def begun(**sizes) -> Budget:
-    """That knows of a first call, of plain steps."""
+    """That was asked for a first call, of plain steps, and knows of it."""
     made = budget(**sizes)
+    assert made.choose() == Choice(0, TRY)
     made.see(PrefetchStats(), TRY, 0)
     return made
 
 
 def test_it_looks_before_anything_comes() -> None:
+    """And begins the look beside the first call, without knowing how that ends."""
     made = budget()
-    assert made.choose() == Choice(0, TRY)
-    made.see(PrefetchStats(), TRY - 3, 0)
-    assert made.choose() == Choice(0, TRY)
-    made.see(PrefetchStats(), 3, 0)
+    assert [made.choose(), made.choose()] == [Choice(0, TRY), LOOK_AT]
+    made.see(PrefetchStats(), TRY, 0)
     assert made.choose() == LOOK_AT
     made.see(came(1.0, TRY - 3, 1), TRY - 3, 1)
     assert made.choose() == LOOK_AT
@@ -111,7 +111,6 @@ def test_where_next_to_nothing_comes_in_time_steps_are_plain() -> None:
 def plain_steps_until_a_look(made: Budget) -> int:
     for count in range(LOOK_AGAIN + 1):
         if made.choose() != PLAIN:
-            assert made.choose() == Choice(0, TRY)
             return count
         made.see(PrefetchStats(), 1, 0)
     raise AssertionError("no look")
@@ -131,8 +130,7 @@ def test_it_looks_again_the_sooner_the_longer_guesses_had_paid(num_more: int, ex
     num_bad = min(num_more, 3 * HALF_LIFE)
     for share, num_steps in ((1.0, num_more - num_bad), (0.0, num_bad)):
         made.see(came(share, num_steps, rows), num_steps, rows)
-    assert plain_steps_until_a_look(made) == expected - TRY, "the plain steps before the look count"
-    made.see(PrefetchStats(), TRY, 0)
+    assert plain_steps_until_a_look(made) == expected - TRY, "the plain steps before the look before count"
     assert made.choose() == LOOK_AT
 
 
@@ -273,17 +271,18 @@ def test_where_each_call_waits_for_the_one_before_calls_are_as_long_as_any() -> 
 
 
 @pytest.mark.parametrize(
-    ("waste", "steps"),
-    [(0.0, [2 * TRY] * 3 + [NEW - 1 - 6 * TRY]), (1e6, [NEW - 1 - 2 * TRY, 2 * TRY, 0, 0])],
+    ("guess_bytes", "steps"),
+    [(1, [TRY, 2 * TRY, 2 * TRY, NEW - 1 - 5 * TRY]), (10**9, [NEW - 1 - 2 * TRY, 2 * TRY, 0, 0])],
     ids=["cheap", "dear"],
 )
-def test_an_engine_looks_and_then_brings_more_or_nothing(waste: float, steps: list[int], monkeypatch) -> None:
-    """Two calls each, since what is learned of one decides after the next: plain steps, looks, an eighth, a half.
+def test_an_engine_looks_and_then_brings_more_or_nothing(guess_bytes: int, steps: list[int], monkeypatch) -> None:
+    """A call of plain steps; then two each, since what is learned of one decides after the next: looks, an eighth, a
+    half.
 
     The tokens, hits and misses are those without a prefetch.
     """
-    monkeypatch.setattr(prefetch_budget, "GUESS_BYTES", 1)
-    monkeypatch.setattr(prefetch_budget, "WASTE", waste)
+    monkeypatch.setattr(prefetch_budget, "GUESS_BYTES", guess_bytes)
+    monkeypatch.setattr(prefetch_budget, "WASTE", 0.0)
     plain, ahead = ran(), ran(prefetch="lookahead", prefetch_experts=0.5)
     assert [each.token_ids for each in ahead.completions] == [each.token_ids for each in plain.completions]
     assert ahead.stats.decode == plain.stats.decode

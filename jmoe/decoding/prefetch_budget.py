@@ -10,7 +10,7 @@ import math
 from jmoe.decoding.contest import Choice
 from jmoe.prefetch_stats import PrefetchStats
 
-GUESS_BYTES = 320_000  # that the link of an H200 brings in the 6 us that a layer loses by guessing
+GUESS_BYTES = 320_000  # that the link of an H200 brings in 6 us: the most that a layer loses by guessing
 WASTE = 0.6  # what a wasted byte costs, of what a useful one saves
 ROOM = 1.25  # of what came in time comes next: so a little is late, by which is seen how much comes in time
 TRY = 4  # the most steps of a call, so that little is lost when what it brought is seen; not for long:
@@ -39,6 +39,7 @@ class Budget:
 
     def _begin(self) -> None:
         self._num_guessing, self._num_plain = 0, 0  # steps
+        self._looks_next = False  # once the plain steps before a look were asked for
         self._rows = self._whole_parts(self.most_rows / 4)  # that come next
         self._most_in_time = self.most_rows  # as far as is known
         self._saving: float | None = None  # bytes, for each that guesses were to bring
@@ -46,7 +47,8 @@ class Budget:
     def choose(self) -> Choice:
         """For the next call."""
         if self._num_guessing < TRY:
-            return Choice(1 if self._num_plain >= TRY else 0, TRY)
+            num_rows, self._looks_next = int(self._looks_next), True
+            return Choice(num_rows, TRY)
         saved_bytes = (self._saving or 0.0) * self._most_in_time * self._row_bytes  # of a layer
         if saved_bytes < GUESS_BYTES:
             return Choice(0)

@@ -228,7 +228,8 @@ class OffloadedExperts(MoE):
         after = LayerResidency(admitted.slot_of, admitted.owner)
         groups = Groups.of(admitted, routing.expert_ids.shape[1])
         if self.admits and not self.layout.overflows(routing.expert_ids.size):
-            y, slots, fetched = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals)
+            beside = self._beside(after, carry)
+            y, slots, fetched = self._fetch_and_multiply(moe_layer, x, slots, admitted, groups, arrivals, beside)
             carry = dataclasses.replace(carry, fetched=fetched)
         else:
             if self.admits:
@@ -265,14 +266,21 @@ class OffloadedExperts(MoE):
         with jax.named_scope("fetch"):
             return fetch(store, slots, *copies, arrivals=arrivals, implementation=self.implementation)
 
-    def _fetch_and_multiply(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups, arrivals):
+    def _beside(self, residency: LayerResidency, carry: Progress) -> list[Array]:
+        """What may be computed beside the experts of a layer, and should be before.
+
+        A kernel that takes all of every multiprocessor waits some 8 us for a small one that has begun to end.
+        """
+        return jax.tree.leaves((residency, carry.guess)) if self._ahead else []
+
+    def _fetch_and_multiply(self, moe_layer: int, x, slots, admitted: Admitted, groups: Groups, arrivals, beside):
         """In one pass where a kernel does both, so that experts that are here are multiplied with while others come.
 
         What comes third is there once the experts are.
         """
         if read_through.can(self.implementation, x, slots):
             with jax.named_scope("experts"):
-                y, slots = read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted, arrivals)
+                y, slots = read_through.expert_mlp(x, self.store.layers[moe_layer], slots, admitted, arrivals, beside)
             y = y.astype(x.dtype)  # here, so that it is no kernel of its own for those who wait
             return y, slots, y
         slots = self._fetch(moe_layer, slots, plan_of(admitted), arrivals)

@@ -69,7 +69,7 @@ class Prefetched:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """The most probable experts of a layer that are not resident, NONE for nobody, and how many rows each is to bring."""
+    """The most probable experts of a layer that are not resident, or NONE, and how many rows each is to bring."""
 
     expert_ids: Int[Array, " P"]
     num_rows: Int[Array, " P"]

@@ -130,19 +130,20 @@ def read_through(
     fetched,
     group_weights,
     arrivals: Arrivals | None = None,
+    after=(),
     *,
     config: Config | None = None,
     interpret=None,
 ):
     """(y, slots): a group that is fetched is read from the arrivals as far as it has come, else from the store, and
-    written to its slot on the way. In place."""
+    written to its slot on the way. In place. `after` are operands that the kernel does not read."""
     config = config or tuning.configured(key(x, slots), Config())
     shape = shape_of(x, slots)
     ref = jax.new_ref(slots.reshape(shape.slots(slots)))
     weights = ref, device_view(store.reshape(shape.slots(store))), experts, fetched
     if arrivals is not None:
         weights += arrivals.expert_ids, arrivals.num_rows, arrivals.weights.reshape(shape.slots(arrivals.weights))
-    y = _run(x, weights, group_slots, group_weights, shape, config, interpret)
+    y = _run(x, weights, group_slots, group_weights, shape, config, interpret, after)
     return y, jax.freeze(ref).reshape(slots.shape)
 
 
@@ -150,12 +151,12 @@ def shape_of(x, slots) -> Shape:
     return Shape(x.shape[0], slots.shape[2], x.shape[1], x.dtype.itemsize)
 
 
-def _run(x, weights, group_slots, group_weights, shape: Shape, config: Config, interpret):
+def _run(x, weights, group_slots, group_weights, shape: Shape, config: Config, interpret, after=()):
     """`weights` are the slots, and what else is needed to read through them."""
     num_warpgroups = shape.num_warpgroups(config.max_warpgroups)
     row = (shape.num_tiles, COLUMNS)
     kernel = plgpu.kernel(
-        _kernel(shape, config.num_blocks, num_warpgroups, group_slots.shape[0]),
+        _kernel(shape, config.num_blocks, num_warpgroups, group_slots.shape[0], len(weights) - 1),
         out_type=jax.ShapeDtypeStruct((config.num_blocks, shape.num_rows, *row), jnp.float32),
         grid=(config.num_blocks,),
         grid_names=("block",),
@@ -174,12 +175,13 @@ def _run(x, weights, group_slots, group_weights, shape: Shape, config: Config, i
     )
     group_weights = group_weights.astype(jnp.float32)
     asked = group_weights[:, 0] if shape.num_rows == 1 else jnp.max(jnp.abs(group_weights), axis=1)
-    parts = kernel(group_slots.astype(jnp.int32), asked, group_weights, x.reshape(shape.num_rows, *row), *weights)
+    groups = group_slots.astype(jnp.int32), asked, group_weights
+    parts = kernel(*groups, x.reshape(shape.num_rows, *row), *weights, *after)
     return jnp.sum(parts, axis=0).reshape(x.shape)
 
 
-def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int):
-    """The kernel body; see the module's docstring."""
+def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int, num_through: int):
+    """The kernel body; see the module's docstring. Beside the slots it reads from `num_through` arrays."""
     num_workers = num_blocks * num_warpgroups
     num_rows, num_tiles = shape.num_rows, shape.num_tiles
     strided = plgpu.Layout.WG_STRIDED((num_tiles, COLUMNS), strided_vector(shape.itemsize, shape.width))
@@ -187,10 +189,10 @@ def _kernel(shape: Shape, num_blocks: int, num_warpgroups: int, num_groups: int)
     def multiply_groups(group_slots, asked, weights, x, slots, *refs):
         # group_slots, asked [G], weights [G, T]; x [T, n, 256]; slots [R, 3F, n, 256]; out [num_blocks, T, n, 256]
         # to read through: store [E, 3F, n, 256] (host), experts, fetched [G]
-        # and what has come before, if anything: expert_ids, num_rows [P], weights [P, 3F, n, 256]
+        # and what has come before, if anything: expert_ids, num_rows [P], weights [P, 3F, n, 256]; what it waits for
         # shared memory: tiles [warpgroups, 3, 4, n, 256], x_here [T, n, 256], hidden [warpgroups, T, 4],
         # sums [warpgroups - 1, T, n, 256]; arrived [3 warpgroups]
-        *through, out, tiles, x_here, hidden, sums, arrived, x_arrived, summed = refs
+        through, (out, tiles, x_here, hidden, sums, arrived, x_arrived, summed) = refs[:num_through], refs[-8:]
         block, mine = lax.axis_index("block"), lax.axis_index("warpgroup")
         worker = mine * num_blocks + block
         groups = AskedGroups(asked, group_slots, num_groups)

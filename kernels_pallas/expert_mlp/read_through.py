@@ -4,6 +4,8 @@ Every weight that is missing goes from host memory into shared memory once, to t
 there; what is in its slot meanwhile keeps the device's memory busy. One kernel less, too, where nothing is missing.
 """
 
+from collections.abc import Sequence
+
 from jaxtyping import Array, Float
 
 from kernels_pallas.admit.result import Admitted
@@ -29,16 +31,18 @@ def expert_mlp(
     slots: Float[Array, "R 3 F D"],
     admitted: Admitted,
     arrivals: Arrivals | None = None,
+    after: Sequence[Array] = (),
 ) -> tuple[Float[Array, "T D"], Float[Array, "R 3 F D"]]:
     """expert_mlp of the groups, and the slots with what the plan brings, in place where they are donated.
 
     Only for what `can` says, and for a plan whose every entry is a group that weighs something for some row. `store` is
     in host memory. Rows that are among `arrivals` are taken from there; those of experts that are not fetched are of no
-    matter. Raises ValueError for arrivals whose shapes do not fit.
+    matter. It begins once `after` are computed, whose values are of no matter. Raises ValueError for arrivals whose
+    shapes do not fit.
     """
     from kernels_pallas.expert_mlp import mosaic_gpu_fma
 
     if why := arrivals and prefetched.problem(arrivals, slots):
         raise ValueError(f"expert_mlp: {why}")
     groups = admitted.group_experts, admitted.group_slots, admitted.group_fetched, admitted.group_weights
-    return mosaic_gpu_fma.read_through(x, store, slots, *groups, arrivals)
+    return mosaic_gpu_fma.read_through(x, store, slots, *groups, arrivals, tuple(after))

@@ -45,13 +45,14 @@ def prefetch(
     *,
     implementation: str | None = None,
 ) -> Arrivals:
-    """The first `num_rows` rows of D values (of 3F) of each expert, one after the other, as `arrivals.share_out` has it.
+    """The first `num_rows` rows of D values (of 3F) of each expert, whole but for the last: see `arrivals.share_out`.
 
     `store` is in host memory, everything else on the device. Experts of which a row comes are distinct; others are not
-    read, and NONE if there is nobody. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`, as soon as
+    read. On a GPU the copy runs beside whatever does not need it, in a program with `COMPILER_OPTIONS`, as soon as
     `after` is computed, if that is given: an array whose values are of no matter. There each tile's arrival is timed.
 
-    Raises ValueError for a list of no expert, and for as many rows that are not one for each; NotImplementedError for an implementation that cannot run here.
+    Raises ValueError for a list of no expert or one without a number of rows for each, NotImplementedError for an
+    implementation that cannot run here.
     """
     if expert_ids.ndim != 1 or not expert_ids.size or expert_ids.shape != num_rows.shape:
         raise ValueError(

@@ -28,7 +28,7 @@ def prefetch(store, expert_ids, num_rows, after=None, *, config: Config = CONFIG
     A tile is a part of `came_at`, timed once it lies in shared memory; nothing is where the kernel is interpreted.
     """
     expert_ids, num_rows = (part.astype(jnp.int32) for part in (expert_ids, num_rows))
-    size, (_, _, num_hidden, width) = expert_ids.shape[0], store.shape
+    size, width = expert_ids.shape[0], store.shape[3]
     tile = tiling(math.prod(store.shape[1:]), store.dtype.itemsize, config.tile_bytes)
 
     def copy(store, expert_ids, num_rows, *after):

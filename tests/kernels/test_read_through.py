@@ -1,5 +1,6 @@
 """The pass that fetches and multiplies, interpreted on the CPU: the sums of `expert_mlp`, the slots of `fetch`."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +29,12 @@ def admitted(fetched: tuple[int, ...], num_rows: int) -> Admitted:
 
 
 def check(
-    fetched: tuple[int, ...], num_rows: int, come: tuple[int, ...] = (), share: float = 0.0, dtype: str = "float32"
+    fetched: tuple[int, ...],
+    num_rows: int,
+    come: tuple[int, ...] = (),
+    share: float = 0.0,
+    dtype: str = "float32",
+    after: tuple[jax.Array, ...] = (),
 ) -> None:
     """What lies in a slot that is fetched into is NaN before, so that a group that reads it early shows.
 
@@ -44,17 +50,18 @@ def check(
     left, arrivals = split(jnp.asarray(store), come, share, ITEM_ROWS * D) if come else (store, None)
     plan = admitted(fetched, num_rows)
     wanted = reference.expert_mlp(*map(jnp.asarray, (x, wanted_slots)), plan.group_slots, plan.group_weights)
-    y, after = mosaic_gpu_fma.read_through(
+    y, slots_after = mosaic_gpu_fma.read_through(
         *map(jnp.asarray, (x, left, slots)),
         plan.group_experts,
         plan.group_slots,
         plan.group_fetched,
         plan.group_weights,
         arrivals,
+        after,
         config=mosaic_gpu_fma.Config(num_blocks=2, max_warpgroups=2),
         interpret=plgpu.InterpretGPUParams(detect_races=True),
     )
-    np.testing.assert_array_equal(np.asarray(after), wanted_slots)
+    np.testing.assert_array_equal(np.asarray(slots_after), wanted_slots)
     np.testing.assert_allclose(y, wanted, rtol=0, atol=TOLERANCES[dtype] * np.abs(wanted).max())
     assert not gpu_callbacks.get_races().races_found
 
@@ -79,6 +86,11 @@ def test_of_two_rows_and_16_bit_too(dtype: str) -> None:
 def test_arrivals_that_nobody_fetches_are_no_matter(come: tuple[int, ...]) -> None:
     """Expert 5 lies in its slot, 0, 1 and 4 are not asked for."""
     check((0, 1, 1, 0), 1, come, 1.6)
+
+
+@pytest.mark.parametrize("come", [(), (7, 2)], ids=str)
+def test_what_it_waits_for_is_not_read(come: tuple[int, ...]) -> None:
+    check((0, 1, 1, 0), 1, come, 1.6, after=(jnp.full((3, 5), jnp.nan), jnp.full(4, 10**6)))
 
 
 def test_arrivals_that_do_not_fit_are_refused() -> None:
