@@ -11,6 +11,8 @@ import pytest
 
 from jmoe.config import ModelConfig
 from jmoe.convert import convert_hf
+from jmoe.decoding.contest import Choice
+from jmoe.decoding.prefetch_budget import Budget
 from jmoe.model.families import trunk_shapes
 from jmoe.synthetic import write_synthetic
 from tools import bench_decode
@@ -160,6 +162,19 @@ def test_a_row_for_each_amount_that_is_prefetched(bench) -> None:
     assert 0 < ahead["early_mb"] < plain["mb_per_token"]
     assert ahead["late_mb"] is None, "a CPU has no clock for it"
     assert ahead["mb_per_token"] == pytest.approx(plain["mb_per_token"] + ahead["wasted_mb"])
+
+
+def test_all_guesses_come_whatever_they_save(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Budget, "choose", lambda budget: Choice(0))
+    options = "--shares", "0.25", "--no-reference", "--prefetch", "lookahead", "--prefetch-experts", "0.125"
+    (refused,), (brought,) = (json.loads(bench(*options, *more)[-1])["rows"] for more in ((), ("--all-guesses",)))
+    assert refused["early_mb"] == refused["wasted_mb"] == 0 < brought["early_mb"]
+
+
+def test_all_guesses_of_no_prefetch_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_decode.main(["--config", "configs/models/qwen3-30b-a3b.toml", "--all-guesses"])
+    assert "--all-guesses: there are none; add --prefetch" in capsys.readouterr().err
 
 
 def test_on_demand_fetches_all_that_is_asked_for(bench) -> None:

@@ -27,6 +27,8 @@ from jmoe.generation import Generation
 from jmoe.model.router import Routing
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.prefetching import prefetching_line
+from kernels_pallas.expert_mlp.api import expert_mlp
+from kernels_pallas.fetch.api import fetch
 from kernels_pallas.prefetch import api
 from kernels_pallas.prefetch.arrivals import Arrivals
 from kernels_pallas.route.api import route
@@ -276,6 +278,15 @@ def routed(logits, valid) -> Routing:
     return Routing(*route(logits, valid, num_chosen=A, normalize=True), logits)
 
 
+def random_step():
+    """What a step of three tokens begins with, and its layers get: slots, xs, routings, residuals."""
+    rng = np.random.default_rng(0)
+    xs, residuals = jnp.asarray(rng.normal(size=(2, NUM_LAYERS, 3, SMALL.hidden_size)), jnp.float32)
+    logits = jnp.asarray(3 * rng.normal(size=(NUM_LAYERS, 3, E)), jnp.float32)
+    slots = init_slots(models.weights().store, layout(6), policy="lru", watched=["activation"])
+    return slots, xs, [routed(each, jnp.ones(3, bool)) for each in logits], residuals
+
+
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [("lookahead", "reuse"), ("activation", "reuse"), ("both", "reuse"), ("activation", "activation")],
@@ -452,17 +463,30 @@ def test_a_step_asks_each_layers_arrivals_when_its_own_demand_was_known(monkeypa
 
     monkeypatch.setattr(experts_layer, "bring", bring)
     monkeypatch.setattr(experts_layer, "now", lambda after: jnp.int32(100 * next(ticks)) + 0 * after)
-    rng, num_layers = np.random.default_rng(0), NUM_LAYERS
-    xs, residuals = jnp.asarray(rng.normal(size=(2, num_layers, 3, SMALL.hidden_size)), jnp.float32)
-    logits = jnp.asarray(3 * rng.normal(size=(num_layers, 3, E)), jnp.float32)
-    routings = [routed(each, jnp.ones(3, bool)) for each in logits]
-    slots = init_slots(models.weights().store, layout(6), policy="lru", watched=["activation"])
-    run = step.__wrapped__(2, "lookahead")
-    counted = run(slots, xs, routings, residuals, jnp.asarray(2 * ROWS, jnp.int32))[2]
-    assert (next(ticks), next(comes)) == (num_layers - 1, num_layers), "one of each a layer, but for the first"
+    counted = step.__wrapped__(2, "lookahead")(*random_step(), jnp.asarray(2 * ROWS, jnp.int32))[2]
+    assert (next(ticks), next(comes)) == (NUM_LAYERS - 1, NUM_LAYERS), "one of each a layer, but for the first"
     assert counted.useful[-1] > 0
-    assert np.asarray(counted.late).tolist() == [*[0] * (num_layers - 1), int(counted.useful[-1])]
+    assert np.asarray(counted.late).tolist() == [*[0] * (NUM_LAYERS - 1), int(counted.useful[-1])]
     assert not np.any(counted.untimed)
+
+
+def test_a_layers_experts_begin_after_what_is_computed_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are multiplied with as they come: after its residency, and the guess of the next layer if there is."""
+    waited_for = []
+
+    def multiply_what_comes(x, store, slots, admitted, arrivals, after):
+        waited_for.append([each.shape for each in after])
+        slots = fetch(store, slots, admitted.plan_experts, admitted.plan_slots, admitted.count, arrivals)
+        return expert_mlp(x, slots, admitted.group_slots, admitted.group_weights), slots
+
+    monkeypatch.setattr(experts_layer.read_through, "can", lambda *shapes: True)
+    monkeypatch.setattr(experts_layer.read_through, "expert_mlp", multiply_what_comes)
+    slots, xs, routings, residuals = random_step()
+    ys, _, _ = step.__wrapped__(2, "lookahead")(slots, xs, routings, residuals, jnp.asarray(ROWS, jnp.int32))
+    of_this, of_next = [(E,), (6,)], [(2,), (2,)]
+    assert waited_for == [of_this + of_next] * (NUM_LAYERS - 1) + [of_this]
+    for y, wanted in zip(ys, resident()(xs, routings), strict=True):
+        np.testing.assert_array_equal(y, wanted)
 
 
 def test_amounts_that_change_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

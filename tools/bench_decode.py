@@ -26,8 +26,9 @@ crossed the link), and `wasted_mb` what it did not; `useful` is the share of the
 `early_mb` that was still on its way when its layer's demand was known, and so was waited for; a dash where no clock
 says so, as on a CPU. With --prefetch-experts 0 nothing comes early, with more as much as comes in time, up to that,
 while it saves more than guessing costs (`jmoe/decoding/prefetch_budget.py`): the first run of a row finds out. That run
-counts for `first_ms_per_step` alone, the mean of its steps, as a process has that generates once. What --prefetch
-activation and both know of past requests is learned from the runs of each row.
+counts for `first_ms_per_step` alone, the mean of its steps, as a process has that generates once. With --all-guesses
+all of the amount comes in every step, whatever it saves: with a small one that is what guesses cost by themselves. What
+--prefetch activation and both know of past requests is learned from the runs of each row.
 
 --prefetch oracle shows what bringing experts early can do, were every guess right: the same prompts are run once
 before, with the same seeds, and what each step asked for is brought where it is missing. Its `useful` is 1, or in
@@ -51,10 +52,12 @@ import numpy as np
 
 from jmoe import checkpoint, memory, sources
 from jmoe.config import ModelConfig, RuntimeConfig
+from jmoe.decoding.contest import Choice
 from jmoe.decoding.sampling import SamplingParams
 from jmoe.experts.policies import DEFAULT_POLICY, POLICIES
 from jmoe.loading import load_calibration, load_weights
 from jmoe.prefetch_stats import PrefetchStats
+from jmoe.prefetching import Prefetching
 from jmoe.tokenizer import load_tokenizer
 from tools.bench_kernels import memory_gbps
 from tools.command import exit_code
@@ -94,6 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prefetch-experts", type=float, nargs="+", metavar="X", help="most of each layer: a row each; default: 1"
     )
+    parser.add_argument("--all-guesses", action="store_true", help="bring all of X in every step, whatever it saves")
     parser.add_argument("--no-kernels", action="store_true", help="plain JAX instead of the kernels")
     args = parser.parse_args(argv)
     if args.config and args.prompts:
@@ -103,6 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "argument --prefetch-experts: is what --prefetch lookahead, activation, both or oracle brings; "
             "add one of them"
         )
+    if args.all_guesses and args.prefetch == "off":
+        parser.error("argument --all-guesses: there are none; add --prefetch lookahead, activation, both or oracle")
     if args.new_tokens < args.decode_chunk + 2:
         parser.error(
             f"argument --new-tokens: of {args.new_tokens} prefill makes one, and the first call, of "
@@ -167,7 +173,15 @@ def card(config: ModelConfig, args: argparse.Namespace, ceiling: float, hbm_gbps
         "temperature": args.temperature,
         "residency_policy": args.residency_policy or DEFAULT_POLICY,
         "prefetch": args.prefetch,
+        "all_guesses": args.all_guesses,
     }
+
+
+class AllGuesses(Prefetching):
+    """Whose steps all bring the whole amount."""
+
+    def choose(self, num_sequences: int) -> Choice:
+        return Choice(self.most_rows)
 
 
 class Bench:
@@ -244,6 +258,8 @@ class Bench:
         runtime = self.runtime(batch_size, slots, prefetch_experts)
         knows = {"calibration": self.calibration, "predictor": self.oracle}
         engine = start_engine(self.config, runtime, self.weights, keeps=share > 0, **knows)
+        if engine.prefetching and self.args.all_guesses:
+            engine.prefetching = AllGuesses(self.config, runtime)
         runs, first_run_s, first_ms = [], 0.0, 0.0
         for repeat, prompts in enumerate(self.prompts):
             start = time.perf_counter()

@@ -269,7 +269,7 @@ class OffloadedExperts(MoE):
     def _beside(self, residency: LayerResidency, carry: Progress) -> list[Array]:
         """What may be computed beside the experts of a layer, and should be before.
 
-        A kernel that takes all of every multiprocessor waits some 8 us for a small one that has begun to end.
+        The kernel that multiplies takes every multiprocessor whole: to begin beside a small one costs it some 8 us.
         """
         return jax.tree.leaves((residency, carry.guess)) if self._ahead else []
 
