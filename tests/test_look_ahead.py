@@ -27,6 +27,7 @@ from jmoe.generation import Generation
 from jmoe.model.router import Routing
 from jmoe.prefetch_stats import PrefetchStats
 from jmoe.prefetching import prefetching_line
+from kernels_pallas.admit.result import Admitted
 from kernels_pallas.expert_mlp.api import expert_mlp
 from kernels_pallas.fetch.api import fetch
 from kernels_pallas.prefetch import api
@@ -452,8 +453,12 @@ def wrapped(times: np.ndarray) -> np.ndarray:
     return times.astype(np.uint32).view(np.int32)
 
 
-def test_a_step_asks_each_layers_arrivals_when_its_own_demand_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that says when each layer was admitted; all that comes for the last layer is late by 1 ns."""
+@pytest.mark.parametrize("tells", ["now", "admit"])
+def test_a_step_asks_each_layers_arrivals_when_its_own_demand_was_known(tells: str, monkeypatch) -> None:
+    """With a clock that says when each layer was admitted; all that comes for the last layer is late by 1 ns.
+
+    What admits tells the time itself, and is asked first; else a kernel does.
+    """
     ticks, comes = itertools.count(), itertools.count(1)
 
     def bring(*args, **options) -> Arrivals:
@@ -462,7 +467,20 @@ def test_a_step_asks_each_layers_arrivals_when_its_own_demand_was_known(monkeypa
         return dataclasses.replace(came, came_at=jnp.full((*came.num_rows.shape, 4), 100 * (layer - 1) + late_by))
 
     monkeypatch.setattr(experts_layer, "bring", bring)
-    monkeypatch.setattr(experts_layer, "now", lambda after: jnp.int32(100 * next(ticks)) + 0 * after)
+
+    def now(after) -> jax.Array:
+        return jnp.int32(100 * next(ticks)) + 0 * after
+
+    def admit(*args, **options) -> Admitted:
+        admitted = experts_admit(*args, **options)
+        is_first = next(admissions) == 0  # for which nothing comes
+        return dataclasses.replace(admitted, known_at=jnp.int32(-1) if is_first else now(admitted.count))
+
+    experts_admit, admissions = experts_layer.admit, itertools.count()
+    if tells == "admit":
+        monkeypatch.setattr(experts_layer, "admit", admit)
+    else:
+        monkeypatch.setattr(experts_layer, "now", now)
     counted = step.__wrapped__(2, "lookahead")(*random_step(), jnp.asarray(2 * ROWS, jnp.int32))[2]
     assert (next(ticks), next(comes)) == (NUM_LAYERS - 1, NUM_LAYERS), "one of each a layer, but for the first"
     assert counted.useful[-1] > 0

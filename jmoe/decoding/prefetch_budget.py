@@ -45,7 +45,7 @@ class Budget:
         self._saving: float | None = None  # bytes, for each that guesses were to bring
 
     def choose(self) -> Choice:
-        """For the next call."""
+        """For the next call, which is begun: of plain steps before a look at first, and then the look's."""
         if self._num_guessing < TRY:
             num_rows, self._looks_next = int(self._looks_next), True
             return Choice(num_rows, TRY)
